@@ -1,0 +1,1 @@
+"""Command line of optgptq: parsing and terminal output only."""

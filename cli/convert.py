@@ -1,0 +1,35 @@
+"""`optgptq convert`: a lossless change of layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optgptq_cli.display import plain_log
+from optgptq_cli.options import JsonOption, ModelArgument, OverwriteOption, QuietOption, RevisionOption
+from optgptq_cli.output import write_json, write_result
+
+
+def convert(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", help="Layout: gptq, gptq_v2, compressed-tensors.", show_default=False)
+    ],
+    revision: RevisionOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a quantized checkpoint in another layout; the decoded weights stay bit for bit the same."""
+    from optgptq.checkpoint.hub import resolve_model
+    from optgptq.convert import convert as convert_checkpoint
+
+    with plain_log(quiet=quiet):
+        result = convert_checkpoint(resolve_model(model, revision), output, to=to, overwrite=overwrite)
+    if as_json:
+        write_json({"output": str(result.output), "format": to})
+    elif not quiet:
+        write_result(f"{output}: {to}")

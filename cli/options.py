@@ -1,0 +1,21 @@
+"""Options that several commands share, written once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model folder, `bundled:story-llama`, or a hub id.", show_default=False)
+]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Commit, tag or branch of a hub model.", show_default=False)
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; warnings and errors stay.")]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an output folder that exists, once the new one is complete."),
+]

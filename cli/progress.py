@@ -1,0 +1,105 @@
+"""What a terminal needs to know of a running job, kept from its events; no terminal code here."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from optgptq_cli.output import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from optgptq.reports.events import DecoderLayerFinished, LinearFinished, ProgressEvent
+
+_LINEARS_SHOWN = 8
+
+
+class JobProgress:
+    """Folds events into the figures of a display.
+
+    Attributes:
+        title: what the job does; empty before it started.
+        phase: what happens now, in words.
+        num_decoder_layers: decoder layers in all; 0 before the job started.
+        num_finished: decoder layers that are done.
+        recent: the linears solved last, the newest at the end.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = clock()
+        self._layers_began: float | None = None
+        self._layer_linears: list[LinearFinished] = []
+        self._warned: set[str] = set()
+        self.title = ""
+        self.phase = ""
+        self.num_decoder_layers = 0
+        self.num_finished = 0
+        self.recent: deque[LinearFinished] = deque(maxlen=_LINEARS_SHOWN)
+
+    def update(self, event: ProgressEvent) -> tuple[str, ...]:
+        """Take an event in; return the lines that a plain display prints for it, none for most events."""
+        from optgptq.reports import events
+
+        match event:
+            case events.JobStarted():
+                self.title, self.num_decoder_layers = event.title, event.num_decoder_layers
+                return (f"{event.title}: {event.num_decoder_layers} decoder layers, {event.num_linears} linears",)
+            case events.PhaseStarted():
+                self.phase = f"{event.name}: {event.detail}" if event.detail else event.name
+                return (f"[{self.elapsed()}] {self.phase}",)
+            case events.DecoderLayerStarted():
+                self._layers_began = self._clock() if self._layers_began is None else self._layers_began
+                self._layer_linears = []
+                self.phase = f"decoder layer {event.index + 1}"
+                return ()
+            case events.StageStarted():
+                self.phase = f"decoder layer {event.layer_index + 1}, {event.stage}"
+                return ()
+            case events.LinearFinished():
+                self._layer_linears.append(event)
+                self.recent.append(event)
+                return ()
+            case events.DecoderLayerFinished():
+                self.num_finished += 1
+                return (self._layer_line(event),)
+            case events.WarningRaised():
+                return self.warn(event.message)
+
+    def warn(self, message: str) -> tuple[str, ...]:
+        """Return the line for a warning; none when the same one was shown before."""
+        if message in self._warned:
+            return ()
+        self._warned.add(message)
+        return (f"warning: {message}",)
+
+    def elapsed(self) -> str:
+        """Return the time since the start."""
+        return human_seconds(self._clock() - self._began)
+
+    def seconds_left(self) -> float | None:
+        """Return the expected time for the remaining decoder layers; None before the first one is done."""
+        if self._layers_began is None or self.num_finished == 0:
+            return None
+        left = max(self.num_decoder_layers - self.num_finished, 0)
+        return (self._clock() - self._layers_began) / self.num_finished * left
+
+    def _layer_line(self, event: DecoderLayerFinished) -> str:
+        quantized = [linear for linear in self._layer_linears if linear.loss is not None]
+        parts = [f"decoder layer {event.index + 1}/{self.num_decoder_layers}", f"{len(quantized)} linears"]
+        dense = len(self._layer_linears) - len(quantized)
+        if dense:
+            parts.append(f"{dense} left dense")
+        if quantized:
+            loss = sum(linear.loss or 0.0 for linear in quantized) / len(quantized)
+            rounded = sum(linear.rtn_loss or 0.0 for linear in quantized) / len(quantized)
+            parts.append(f"mean loss {loss:.3e} (rounding {rounded:.3e})")
+        if event.output_error is not None:
+            parts.append(f"output error {event.output_error:.3e}")
+        parts.append(human_seconds(event.seconds))
+        parts.append(f"peak {human_bytes(event.peak_memory_bytes)}")
+        left = self.seconds_left()
+        if left:
+            parts.append(f"{human_seconds(left)} left")
+        return ", ".join(parts)

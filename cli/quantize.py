@@ -1,0 +1,74 @@
+"""`optgptq quantize`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from optgptq_cli.display import job_display
+from optgptq_cli.options import DeviceOption, JsonOption, ModelArgument, OverwriteOption, QuietOption, RevisionOption
+from optgptq_cli.output import human_bytes, human_seconds, table, write_json, write_result
+
+if TYPE_CHECKING:
+    from optgptq.quantize import QuantizeResult
+
+
+def quantize(  # noqa: PLR0913 - the parameters of a command are its options
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="Name of a shipped recipe (`optgptq recipes`), or a YAML file.")
+    ] = "gptq-w4",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Override a recipe field: --set weights.bits=3. Repeatable."),
+    ] = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", help="Also write the run record, timings included, to this file.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Quantize a model by a recipe and write a checkpoint that is checked before it appears."""
+    from optgptq.checkpoint.hub import resolve_model
+    from optgptq.quantize import quantize as quantize_model
+    from optgptq.recipe.loading import load_recipe
+    from optgptq_cli.record import require_writable, write_record
+
+    if record is not None:
+        require_writable(record)
+    loaded_recipe = load_recipe(recipe, overrides or ())
+    folder = resolve_model(model, revision)
+    with job_display(quiet=quiet) as listener:
+        result = quantize_model(folder, loaded_recipe, output, overwrite=overwrite, progress=listener, device=device)
+    if record is not None:
+        write_record(record, result)
+    if as_json:
+        write_json(
+            {
+                "output": str(result.output),
+                "seconds": result.seconds,
+                "peak_memory_bytes": result.peak_memory_bytes,
+                "bits_per_weight": result.bits_per_weight,
+                "warnings": list(result.warnings),
+            }
+        )
+    elif not quiet:
+        write_result(_summary(result))
+
+
+def _summary(result: QuantizeResult) -> str:
+    rows = [
+        ("output", str(result.output)),
+        ("bits per weight", f"{result.bits_per_weight:.4f}"),
+        ("time", human_seconds(result.seconds)),
+        ("peak memory", human_bytes(result.peak_memory_bytes)),
+        ("warnings", str(len(result.warnings))),
+    ]
+    return table(rows)

@@ -1,0 +1,1 @@
+"""Shipped recipes, the bundled model and its texts; read through `optgptq.recipe` and `optgptq.bundled`."""

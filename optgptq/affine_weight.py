@@ -1,0 +1,60 @@
+"""The narrow waist: what solvers make, formats store and kernels multiply with.
+
+Shapes: `O` output rows, `I` input columns, `G` groups along `I`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class AffineWeight:
+    """A weight on uniform grids: `weight[o, i] = scale[o, g(i)] * (code[o, i] - zero_point[o, g(i)])`.
+
+    Attributes:
+        codes_OI: uint8 `[O, I]`, each in `0 .. 2**bits - 1`, columns in the model's own order.
+        scale_OG: `[O, G]` in the dtype that a checkpoint stores (float16, bfloat16 or float32).
+        zero_point_OG: int32 `[O, G]`, in code units, `0 .. 2**bits`.
+        bits: 1 to 8.
+        group_size: columns in a group; `I` when one group spans the row. The last group may be shorter.
+        symmetric: every zero point is `2**(bits - 1)`.
+        group_index_I: int32 `[I]`, the group of each column, for act-order checkpoints made elsewhere;
+            None means column `i` belongs to group `i // group_size`.
+    """
+
+    codes_OI: torch.Tensor
+    scale_OG: torch.Tensor
+    zero_point_OG: torch.Tensor
+    bits: int
+    group_size: int
+    symmetric: bool
+    group_index_I: torch.Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.codes_OI.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes_OI.shape[1]
+
+    @property
+    def num_groups(self) -> int:
+        return self.scale_OG.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the weight `[O, I]`. The product is taken in float32, then cast: this is the truth for all kernels."""
+        index_I = self.group_index_I
+        if index_I is None:
+            index_I = torch.arange(self.in_features, device=self.codes_OI.device) // self.group_size
+        index_I = index_I.long()
+        offset_OI = self.codes_OI.to(torch.int32) - self.zero_point_OG[:, index_I]
+        return (offset_OI.to(torch.float32) * self.scale_OG.to(torch.float32)[:, index_I]).to(dtype)
+
+    def stored_bits(self, *, zero_points_stored: bool) -> int:
+        """Return the bits that codes, scales and (where stored) zero points take, without padding to words."""
+        bits = self.codes_OI.numel() * self.bits + self.scale_OG.numel() * self.scale_OG.element_size() * 8
+        return bits + (self.zero_point_OG.numel() * self.bits if zero_points_stored else 0)

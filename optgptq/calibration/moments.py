@@ -1,0 +1,76 @@
+"""Second moments of the inputs of a linear: plain sums, so that halves of the calibration set merge by adding.
+
+Shapes: `B` windows, `S` positions, `T` tokens, `I` input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# Only blocks on and above the diagonal are multiplied: with n blocks (n + 1) / 2n of the work.
+_NUM_BLOCKS = 6
+_SMALLEST_BLOCK = 128
+_TOKENS_PER_CHUNK = 8192
+
+
+class InputMoment:
+    """Sum of `x x^T` over tokens.
+
+    The accumulator is float32 or float64 whatever the activations are. Products of bfloat16 activations are exact in
+    float32, so for them the bfloat16 units multiply and float32 adds: the sum is the same, the time less than half.
+    """
+
+    def __init__(self, in_features: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.sum_II = torch.zeros(in_features, in_features, dtype=dtype, device=device)
+        self.num_tokens = 0
+
+    def add(self, inputs: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Add the tokens of `inputs` `[B, S, I]` or `[T, I]`; `valid` (bool, its leading shape) leaves out padding."""
+        inputs_TI = inputs[valid] if valid is not None else inputs.reshape(-1, inputs.shape[-1])
+        for chunk_TI in inputs_TI.split(_TOKENS_PER_CHUNK):
+            self._add_chunk(chunk_TI)
+        self.num_tokens += inputs_TI.shape[0]
+
+    def merge(self, other: InputMoment) -> None:
+        """Add what another part of the calibration set measured."""
+        self.sum_II += other.sum_II.to(self.sum_II.device)
+        self.num_tokens += other.num_tokens
+
+    def mean(self) -> torch.Tensor:
+        """Return the symmetric mean `[I, I]` over all tokens."""
+        upper_II = self.sum_II.triu()
+        full_II = upper_II + upper_II.triu(1).T
+        return full_II.div_(max(self.num_tokens, 1))
+
+    def is_finite(self) -> bool:
+        """False as soon as one added activation was not finite, or its square overflowed."""
+        return bool(torch.isfinite(self.sum_II.diagonal()).all())
+
+    def _add_chunk(self, chunk_TI: torch.Tensor) -> None:
+        exact_in_bfloat16 = chunk_TI.dtype == torch.bfloat16 and self.sum_II.dtype == torch.float32
+        values_TI = chunk_TI.to(self.sum_II.dtype)
+        num_columns = values_TI.shape[1]
+        block = max(_SMALLEST_BLOCK, -(-num_columns // _NUM_BLOCKS))
+        with _bfloat16_products(enabled=exact_in_bfloat16):
+            for begin in range(0, num_columns, block):
+                rows_TC = values_TI[:, begin : begin + block]
+                self.sum_II[begin : begin + block, begin:].addmm_(rows_TC.T, values_TI[:, begin:])
+
+
+@contextmanager
+def _bfloat16_products(*, enabled: bool) -> Iterator[None]:
+    """Let float32 products on the CPU run on bfloat16 units; float32 products elsewhere must not use TF32.
+
+    This is a setting of torch for the whole process: it is put back before anything else is computed.
+    """
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = cpu.fp32_precision, cuda.fp32_precision
+    cpu.fp32_precision = "bf16" if enabled else "ieee"
+    cuda.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cpu.fp32_precision, cuda.fp32_precision = before

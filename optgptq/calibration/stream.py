@@ -1,0 +1,153 @@
+"""Activations of the calibration windows on their way through the model, one decoder layer at a time.
+
+Shapes: `W` windows, `B` windows of a batch, `S` positions, `M` model width, `I` input columns of a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from optgptq.calibration.moments import InputMoment
+from optgptq.data.windows import Windows
+from optgptq.errors import NumericalError
+from optgptq.models.attention import AttentionContext
+from optgptq.models.ends import Embedding
+from optgptq.models.layer import DecoderLayer, LayerState
+from optgptq.models.spec import StageName
+
+# Tokens per forward pass where the recipe names no batch: enough for the matrix units, little against the streams.
+TOKENS_PER_BATCH = 4096
+# Inputs of the widest stage are kept for the next pass where all of them fit, else computed twice.
+KEPT_BYTES = 256 * 2**20
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Windows that run together.
+
+    Attributes:
+        first_window: index of the first of them among all windows.
+        valid_BS: bool, False at padding; None where no window is padded.
+        state: activations between two stages.
+        kept_input_BSI: inputs of the stage that was measured last, where they were kept.
+    """
+
+    first_window: int
+    valid_BS: torch.Tensor | None
+    state: LayerState
+    kept_input_BSI: torch.Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
+class ActivationStream:
+    """All windows at the same place in the model.
+
+    Attributes:
+        batches: the windows in order.
+        context: positions and masks, the same for every batch.
+        name: for messages.
+    """
+
+    batches: list[Batch]
+    context: AttentionContext
+    name: str
+    kept_bytes: int = field(default=0, init=False)
+
+    def measure(
+        self, layer: DecoderLayer, stage: StageName, moment: InputMoment, *, reads: str, keep: bool = False
+    ) -> None:
+        """Add the inputs of `stage` to `moment`.
+
+        Args:
+            layer: where the stream stands.
+            stage: stage that comes next.
+            moment: to add to.
+            reads: full name of a linear of the stage, for the message when a value is not finite.
+            keep: keep the inputs for `advance` where they fit; for inputs that are dear to compute.
+        """
+        for batch in self.batches:
+            inputs_BSI = layer.stage_input(stage, batch.state, self.context)
+            moment.add(inputs_BSI, batch.valid_BS)
+            if not moment.is_finite():
+                raise _not_finite(inputs_BSI, batch, reads)
+            if keep and self.kept_bytes + inputs_BSI.nbytes <= KEPT_BYTES:
+                self.kept_bytes += inputs_BSI.nbytes
+                batch.kept_input_BSI = inputs_BSI
+
+    def advance(self, layer: DecoderLayer, stage: StageName) -> None:
+        """Apply the linears of `stage` to every batch."""
+        for batch in self.batches:
+            batch.state = layer.advance(stage, batch.state, self.context, stage_input_BSI=batch.kept_input_BSI)
+            batch.kept_input_BSI = None
+        self.kept_bytes = 0
+
+    def measure_whole_layer(
+        self, layer: DecoderLayer, moments: dict[StageName, InputMoment], *, reads: dict[StageName, str]
+    ) -> None:
+        """Add the inputs of every stage in one pass that leaves the stream where it stands."""
+        for batch in self.batches:
+            state = batch.state
+            for stage, moment in moments.items():
+                inputs_BSI = layer.stage_input(stage, state, self.context)
+                moment.add(inputs_BSI, batch.valid_BS)
+                if not moment.is_finite():
+                    raise _not_finite(inputs_BSI, batch, reads[stage])
+                state = layer.advance(stage, state, self.context, stage_input_BSI=inputs_BSI)
+
+
+def embed(
+    windows: Windows, embedding: Embedding, context: AttentionContext, *, windows_per_batch: int | None, name: str
+) -> ActivationStream:
+    """Return the stream of `windows` before the first decoder layer."""
+    size = windows_per_batch or max(TOKENS_PER_BATCH // windows.window_size, 1)
+    device = embedding.tokens_VE.device
+    positions_S = torch.arange(windows.window_size)
+    batches = []
+    for first in range(0, windows.num_windows, size):
+        tokens_BS = windows.tokens_WS[first : first + size]
+        lengths_B = windows.lengths_W[first : first + size]
+        padded = bool((lengths_B < windows.window_size).any())
+        valid_BS = (positions_S < lengths_B[:, None]).to(device) if padded else None
+        hidden_BSM = embedding.embed(tokens_BS.to(device), context)
+        batches.append(Batch(first, valid_BS, LayerState(hidden_BSM=hidden_BSM)))
+    return ActivationStream(batches, context, name)
+
+
+def output_error(stream: ActivationStream, reference: ActivationStream) -> float:
+    """Return `|h - r|^2 / |r|^2` over the windows of `reference`, which are the first ones of `stream`."""
+    states = _hidden_by_window(stream.batches)
+    difference = energy = 0.0
+    for window, (expected_SM, valid_S) in enumerate(_hidden_by_window(reference.batches)):
+        found_SM = states[window][0].float()
+        expected_SM = expected_SM.float()
+        if valid_S is not None:
+            found_SM, expected_SM = found_SM[valid_S], expected_SM[valid_S]
+        difference += float((found_SM - expected_SM).square().sum(dtype=torch.float64))
+        energy += float(expected_SM.square().sum(dtype=torch.float64))
+    return difference / energy if energy > 0 else 0.0
+
+
+def _hidden_by_window(batches: Sequence[Batch]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    return [
+        (batch.state.hidden_BSM[row], None if batch.valid_BS is None else batch.valid_BS[row])
+        for batch in batches
+        for row in range(batch.state.hidden_BSM.shape[0])
+    ]
+
+
+def _not_finite(inputs_BSI: torch.Tensor, batch: Batch, reads: str) -> NumericalError:
+    # Float32 squares overflow before the values do.
+    bad_BS = ~torch.isfinite(inputs_BSI.float().square()).all(dim=-1)
+    if batch.valid_BS is not None:
+        bad_BS &= batch.valid_BS
+    bad_B = bad_BS.any(dim=1).nonzero().flatten().tolist()
+    window = batch.first_window + (bad_B[0] if bad_B else 0)
+    return NumericalError(
+        f"input of {reads}, calibration window {window}",
+        expected="finite activations",
+        found="NaN, infinity or a square beyond float32",
+        action="Check the model's weights with `optgptq verify`; calibration.compute_dtype=float32 avoids overflow.",
+    )

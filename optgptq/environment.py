@@ -1,0 +1,59 @@
+"""Every environment variable the toolkit reads, parsed in one place. `docs/environment.md` is the table for people.
+
+`HF_HOME`, `HF_TOKEN` and the other variables of huggingface_hub are read by that library and by nobody here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from optgptq.errors import UsageError
+
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+TRUE_WORDS = frozenset({"1", "true", "yes", "on"})
+FALSE_WORDS = frozenset({"", "0", "false", "no", "off"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What the environment asks for.
+
+    Attributes:
+        offline: nothing may be fetched: any of `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE` is true.
+        no_color: `NO_COLOR` is set to anything but nothing (https://no-color.org).
+        continuous_integration: `CI` is set to anything but a word for no; some services put their own name there.
+    """
+
+    offline: bool = False
+    no_color: bool = False
+    continuous_integration: bool = False
+
+
+def _flag(name: str, value: str) -> bool:
+    word = value.strip().lower()
+    if word in TRUE_WORDS:
+        return True
+    if word in FALSE_WORDS:
+        return False
+    raise UsageError(
+        f"environment variable {name}",
+        expected="1, true, yes or on; 0, false, no, off or nothing",
+        found=f"{value!r}",
+        action=f"Set {name} to 1 or 0, or unset it.",
+    )
+
+
+def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
+    """Return what the environment asks for.
+
+    Raises:
+        UsageError: an offline flag holds a word that is neither yes nor no.
+    """
+    offline_flags = [_flag(name, variables[name]) for name in OFFLINE_VARIABLES if name in variables]
+    return Environment(
+        offline=any(offline_flags),
+        no_color=variables.get("NO_COLOR", "") != "",
+        continuous_integration=variables.get("CI", "").strip().lower() not in FALSE_WORDS,
+    )

@@ -1,0 +1,226 @@
+"""The recipe: frozen records, validated when they are built.
+
+Field descriptions are what `optgptq recipes --schema` prints. Combinations that no run can obey are refused here; what
+depends on the model (rules that match nothing, groups that do not divide) is checked where the model is known.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+import regex
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+LONGEST_PATTERN = 1000
+
+Method = Literal["rtn", "gptq"]
+Bits = Literal[2, 3, 4, 8]
+ColumnOrder = Literal["natural", "activation", "group_aware", "min_pivot"]
+GridSearch = Literal["minmax", "mse", "hessian", "pivot"]
+GroupGrids = Literal["dynamic", "static"]
+FloatDtype = Literal["float32", "float64"]
+BosPolicy = Literal["none", "window", "document"]
+WindowLayout = Literal["packed", "documents"]
+FormatName = Literal["gptq", "gptq_v2", "compressed-tensors"]
+
+
+def impossible(field: str, *, expected: str, found: str, action: str) -> PydanticCustomError:
+    """Return the error for a combination of valid values that no run can obey; `field` is local to its section."""
+    parts = {"field": field, "expected": expected, "found": found, "action": action}
+    return PydanticCustomError("impossible_combination", "expected {expected}, found {found}. {action}", parts)
+
+
+def _checked_pattern(pattern: str) -> str:
+    if len(pattern) > LONGEST_PATTERN:
+        raise PydanticCustomError(
+            "bad_pattern",
+            "{problem}",
+            {"problem": f"a pattern of {len(pattern)} characters; {LONGEST_PATTERN} are allowed"},
+        )
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        raise PydanticCustomError("bad_pattern", "{problem}", {"problem": f"{pattern!r} ({error})"}) from error
+    return pattern
+
+
+SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def _size_in_bytes(value: object) -> object:
+    """Turn `5GB` or `1.5 GiB` into bytes; anything else is left for the type check."""
+    match = regex.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?([KMG]i?B)", value) if isinstance(value, str) else None
+    return value if match is None else int(float(match[1]) * SIZE_UNITS[match[2]])
+
+
+Pattern = Annotated[StrictStr, AfterValidator(_checked_pattern), Field(json_schema_extra={"format": "regex"})]
+GroupSize = Literal[-1] | Annotated[int, Field(strict=True, ge=16, le=1024)]
+PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+SizeText = Annotated[str, Field(examples=["5GB"])]
+ByteCount = Annotated[
+    int,
+    Field(strict=True, ge=1),
+    BeforeValidator(_size_in_bytes, json_schema_input_type=PositiveInt | SizeText),
+]
+
+
+class Section(BaseModel):
+    """Base of all records: frozen, and a key that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+
+class WeightRule(Section):
+    """What differs for the linears whose full name matches. Fields left out keep the value they have without it."""
+
+    match: Pattern = Field(description="regular expression searched in the full name of each linear")
+    description: StrictStr = Field(default="", description="why; shown in the log and in the record")
+    method: Method | None = Field(default=None, description="solver of these linears")
+    bits: Bits | None = Field(default=None, description="bits per code of these linears")
+    group_size: GroupSize | None = Field(default=None, description="columns per group of these linears")
+    symmetric: StrictBool | None = Field(default=None, description="symmetric grids for these linears")
+    grid_search: GridSearch | None = Field(default=None, description="range search of these linears")
+    keep_dense: StrictBool | None = Field(default=None, description="true leaves these linears as they are")
+
+
+class WeightRecipe(Section):
+    """How weights are quantized."""
+
+    method: Method = Field(
+        default="gptq", description="rtn rounds to nearest; gptq compensates each column's error in the next"
+    )
+    bits: Bits = Field(default=4, description="bits per code")
+    group_size: GroupSize = Field(default=128, description="columns that share a scale; -1 for one scale per row")
+    symmetric: StrictBool = Field(default=True, description="zero point fixed in the middle of the grid")
+    order: ColumnOrder = Field(default="group_aware", description="order in which columns are quantized")
+    grid_search: GridSearch = Field(default="hessian", description="how the range of each group is chosen")
+    group_grids: GroupGrids = Field(
+        default="dynamic", description="ranges from compensated weights, or all before the start"
+    )
+    damp_ratio: float = Field(
+        default=0.01, strict=True, gt=0, lt=1, description="share of the mean diagonal added to the diagonal"
+    )
+    column_block: int = Field(default=128, strict=True, ge=1, le=4096, description="columns per lazy update")
+    solver_dtype: FloatDtype = Field(default="float32", description="arithmetic of the solve")
+    true_sequential: StrictBool = Field(
+        default=True, description="stage by stage inside a decoder layer; false: one pass"
+    )
+    keep_dense: tuple[Pattern, ...] = Field(
+        default=(), description="linears whose name matches any of these stay dense"
+    )
+    rules: tuple[WeightRule, ...] = Field(
+        default=(), description="exceptions, applied in order; the last that matches wins"
+    )
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.group_grids == "static" or self.order not in ("activation", "min_pivot"):
+            return self
+        sizes = [("group_size", self.group_size)]
+        sizes += [(f"rules.{index}.group_size", rule.group_size or -1) for index, rule in enumerate(self.rules)]
+        for field, size in sizes:
+            if size != -1:
+                raise impossible(
+                    "order",
+                    expected="group_aware or natural while groups are contiguous and group_grids is dynamic",
+                    found=f"order {self.order} with {field} {size} and group_grids dynamic",
+                    action="Set weights.group_grids=static, weights.order=group_aware or weights.group_size=-1.",
+                )
+        return self
+
+
+class CalibrationRecipe(Section):
+    """Which text the model reads while it is measured."""
+
+    source: Annotated[StrictStr, Field(min_length=1)] = Field(
+        default="self",
+        description="self (the model writes it), bundled:story-calibration, a .txt, .jsonl or .parquet file, "
+        "a folder saved by datasets, or a hub id owner/name",
+    )
+    config: StrictStr | None = Field(default=None, description="configuration of a hub data set")
+    split: StrictStr = Field(default="train", description="split of a saved or hub data set")
+    column: StrictStr = Field(default="text", description="column that holds the text, or the chat messages")
+    revision: StrictStr | None = Field(
+        default=None, description="commit of a hub data set; without it the text can change"
+    )
+    num_windows: PositiveInt = Field(default=128, description="windows to calibrate on")
+    window_size: PositiveInt | None = Field(
+        default=None, description="tokens per window; null: 2048, or less if the model ends earlier"
+    )
+    seed: int = Field(
+        default=0, strict=True, ge=0, lt=2**63, description="seed of the choice of windows and of self text"
+    )
+    bos: BosPolicy = Field(default="none", description="where a begin-of-sequence token is put")
+    layout: WindowLayout = Field(
+        default="packed", description="packed: documents joined and cut; documents: one per window"
+    )
+    chat_template: StrictBool = Field(
+        default=False, description="the column holds chat messages for the model's template"
+    )
+    windows_per_batch: PositiveInt | None = Field(default=None, description="windows per forward pass; null: chosen")
+    full_precision_windows: int = Field(
+        default=8, strict=True, ge=0, description="windows also run through unquantized layers, to measure output error"
+    )
+    moment_dtype: FloatDtype = Field(default="float32", description="accumulator of the input moments")
+    moment_stream: Literal["quantized", "full_precision"] = Field(
+        default="quantized", description="activations measured"
+    )
+    self_temperature: float = Field(
+        default=1.0, strict=True, gt=0, allow_inf_nan=False, description="sampling temperature of self text"
+    )
+
+    @model_validator(mode="after")
+    def _check_self_text(self) -> Self:
+        if self.source != "self":
+            return self
+        if self.chat_template:
+            raise impossible(
+                "chat_template",
+                expected="false where the model writes its own text",
+                found="chat_template true with source self",
+                action="Name a text with chat messages in calibration.source, or set calibration.chat_template=false.",
+            )
+        if self.layout == "documents":
+            raise impossible(
+                "layout",
+                expected="packed where the model writes its own text",
+                found="layout documents with source self",
+                action="Name a text in calibration.source, or set calibration.layout=packed.",
+            )
+        return self
+
+
+class KVCacheRecipe(Section):
+    """How keys and values are kept at run time."""
+
+    bits: Literal[16] = Field(default=16, description="bits per cached key or value")
+
+
+class ExportRecipe(Section):
+    """What is written."""
+
+    format: FormatName = Field(default="gptq", description="layout of the checkpoint")
+    max_shard_bytes: ByteCount = Field(
+        default=5_000_000_000, description="largest weight file; 5GB and 500MiB are understood"
+    )
+
+
+class Recipe(Section):
+    """Everything that decides the bytes of a quantized checkpoint, but for the model and the text."""
+
+    name: StrictStr = Field(default="", description="name of the recipe")
+    description: StrictStr = Field(default="", description="one line for people")
+    weights: WeightRecipe = Field(default=WeightRecipe(), description="how weights are quantized")
+    calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="which text is read")
+    kv_cache: KVCacheRecipe = Field(default=KVCacheRecipe(), description="how keys and values are kept")
+    export: ExportRecipe = Field(default=ExportRecipe(), description="what is written")

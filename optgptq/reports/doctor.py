@@ -1,0 +1,118 @@
+"""What this machine can do: versions, devices, memory, disk, and the kernel that each operation will use."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import optgptq
+from optgptq.environment import read_environment
+from optgptq.kernels import choose_affine_matmul
+from optgptq.reports.memory import available_memory_bytes, total_memory_bytes
+
+_PACKAGES = (
+    "torch",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "datasets",
+    "huggingface-hub",
+    "numpy",
+    "pydantic",
+    "compressed-tensors",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelLine:
+    """Which implementation an operation uses on a device, and why."""
+
+    operation: str
+    device: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorReport:
+    """The machine as the toolkit sees it.
+
+    Attributes:
+        versions: package name to version; a package that is not installed is left out.
+        system: operating system and processor.
+        cores: processor cores that this process may use.
+        threads: threads that torch uses for one operation.
+        total_memory_bytes, available_memory_bytes: memory; None where the system does not tell.
+        free_disk_bytes: free space for this user in `disk_folder`.
+        disk_folder: the folder that was looked at.
+        devices: names for `--device`, with a description each.
+        kernels: one line per operation and kind of device.
+        offline: whether the environment forbids downloads.
+    """
+
+    versions: dict[str, str]
+    system: str
+    cores: int
+    threads: int
+    total_memory_bytes: int
+    available_memory_bytes: int | None
+    free_disk_bytes: int
+    disk_folder: str
+    devices: dict[str, str]
+    kernels: tuple[KernelLine, ...]
+    offline: bool
+
+
+def examine(folder: Path) -> DoctorReport:
+    """Return the report; `folder` is where free disk space is looked up."""
+    devices = _devices()
+    kinds = {name.split(":")[0]: name for name in reversed(devices)}
+    return DoctorReport(
+        versions=_versions(),
+        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        cores=_usable_cores(),
+        threads=torch.get_num_threads(),
+        total_memory_bytes=total_memory_bytes(),
+        available_memory_bytes=available_memory_bytes(),
+        free_disk_bytes=shutil.disk_usage(folder).free,
+        disk_folder=str(folder),
+        devices=devices,
+        kernels=tuple(_kernel_line(name) for name in reversed(kinds.values())),
+        offline=read_environment().offline,
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"optgptq": optgptq.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _usable_cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+def _devices() -> dict[str, str]:
+    devices = {"cpu": f"{torch.backends.cpu.get_cpu_capability()} instructions"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    return devices
+
+
+def _kernel_line(device: str) -> KernelLine:
+    choice = choose_affine_matmul(torch.device(device), torch.float32)
+    return KernelLine(operation=choice.operation, device=device, name=choice.name, reason=choice.reason)

@@ -1,0 +1,61 @@
+"""Memory of this process and of the machine, read from the operating system; no dependency, no torch."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+
+def _proc_bytes(path: Path, field: str) -> int | None:
+    """Return a `field:  N kB` line of a /proc file in bytes; None where the file or the line is missing."""
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def peak_memory_bytes() -> int:
+    """Return the highest resident memory of this process so far.
+
+    `VmHWM` comes first: `ru_maxrss` survives exec on Linux, so a process started by a large parent reports the parent.
+    """
+    high_water = _proc_bytes(Path("/proc/self/status"), "VmHWM")
+    if high_water is not None:
+        return high_water
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_memory_bytes() -> int | None:
+    """Return the resident memory of this process now; None where the system does not tell."""
+    return _proc_bytes(Path("/proc/self/status"), "VmRSS")
+
+
+def total_memory_bytes() -> int:
+    """Return the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_memory_bytes() -> int | None:
+    """Return what can be allocated without swapping, under the control group's limit where there is one."""
+    available = _proc_bytes(Path("/proc/meminfo"), "MemAvailable")
+    limit, used = _control_group_bytes("memory.max"), _control_group_bytes("memory.current")
+    if limit is None or used is None:
+        return available
+    left = max(limit - used, 0)
+    return left if available is None else min(left, available)
+
+
+def _control_group_bytes(name: str) -> int | None:
+    """Return a number of the version-2 control group; None for `max`, or where there is no such group."""
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

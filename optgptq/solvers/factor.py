@@ -1,0 +1,124 @@
+"""Damping, column orders and the one factorization of an input moment.
+
+`H = P P^T` with `P` upper triangular, by one reverse Cholesky: flip both axes, factor, flip back. The inverse is
+never formed. `P` relates to the usual factor `U` of `H^-1 = U^T U` by `P = U^-1`, so `P_jj = 1 / U_jj`.
+Source: GPTQ (arXiv 2210.17323), section 3.3, in the look-back form of LDLQ (arXiv 2307.13304).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from optgptq.errors import NumericalError
+from optgptq.solvers.problem import ColumnOrder
+
+# Tried in turn after the asked ratio when the factorization fails.
+DAMPING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """Factor of a damped, permuted moment.
+
+    Attributes:
+        order_I: int64 `[I]`, original column at each place of the walk.
+        upper_II: `P`, `[I, I]` upper triangular, in the walk's order.
+        damp_ratio_used: damping with which it succeeded.
+        dead_I: bool `[I]`, original columns that no calibration token reached.
+    """
+
+    order_I: torch.Tensor
+    upper_II: torch.Tensor
+    damp_ratio_used: float
+    dead_I: torch.Tensor
+
+
+def factor_moment(
+    moment_II: torch.Tensor, *, name: str, order: ColumnOrder, group_size: int, damp_ratio: float, dtype: torch.dtype
+) -> Factor:
+    """Order, damp and factor a moment `[I, I]`.
+
+    Raises:
+        NumericalError: the moment is not finite, or no damping up to the mean diagonal makes it positive definite.
+    """
+    if not bool(torch.isfinite(moment_II).all()):
+        raise NumericalError(
+            f"{name}: input moment",
+            expected="finite values",
+            found="NaN or infinity",
+            action="Check the model's weights and the calibration text; an overflow in float16 is the usual cause.",
+        )
+    moment_II = moment_II.to(dtype)
+    diagonal_I = moment_II.diagonal()
+    dead_I = diagonal_I <= 0
+    mean_diagonal = float(diagonal_I.mean()) if bool((~dead_I).any()) else 1.0
+    alive_II = moment_II.clone()
+    alive_II.diagonal()[dead_I] = mean_diagonal
+    order_I = column_order(alive_II, order, group_size, damp=damp_ratio * mean_diagonal)
+    permuted_II = alive_II[order_I][:, order_I]
+    ratios = (damp_ratio, *(ratio for ratio in DAMPING_LADDER if ratio > damp_ratio))
+    for ratio in ratios:
+        upper_II = reverse_cholesky(permuted_II, damp=ratio * mean_diagonal)
+        if upper_II is not None:
+            return Factor(order_I, upper_II, ratio, dead_I)
+    raise NumericalError(
+        f"{name}: input moment",
+        expected="a matrix that damping makes positive definite",
+        found=f"a failed factorization at each of the damping ratios {ratios}",
+        action="Use more calibration text, or calibration.moment_dtype=float64.",
+    )
+
+
+def reverse_cholesky(moment_II: torch.Tensor, *, damp: float) -> torch.Tensor | None:
+    """Return upper triangular `P` with `P P^T = moment + damp * 1`, or None where it is not positive definite."""
+    flipped_II = moment_II.flip(0, 1)
+    flipped_II.diagonal().add_(damp)
+    lower_II, failure = torch.linalg.cholesky_ex(flipped_II)
+    if int(failure) != 0 or not bool(torch.isfinite(lower_II.diagonal()).all()):
+        return None
+    return lower_II.flip(0, 1).contiguous()
+
+
+def column_order(moment_II: torch.Tensor, order: ColumnOrder, group_size: int, *, damp: float) -> torch.Tensor:
+    """Return int64 `[I]`: the original column at each place of the walk.
+
+    `group_aware` sorts columns inside each group by descending moment, then groups by their largest moment, so that
+    groups stay contiguous. `min_pivot` eliminates the column with the smallest remaining Schur diagonal first and
+    quantizes it last. Ties keep the natural order.
+    """
+    num_columns = moment_II.shape[0]
+    if order == "natural":
+        return torch.arange(num_columns, device=moment_II.device)
+    diagonal_I = moment_II.diagonal()
+    if order == "activation" or (order == "group_aware" and group_size == num_columns):
+        return diagonal_I.argsort(descending=True, stable=True)
+    if order == "group_aware":
+        grouped_GL = diagonal_I.reshape(-1, group_size)
+        inside_GL = grouped_GL.argsort(dim=1, descending=True, stable=True)
+        groups_G = grouped_GL.amax(dim=1).argsort(descending=True, stable=True)
+        first_G = torch.arange(0, num_columns, group_size, device=moment_II.device)
+        return (inside_GL + first_G[:, None])[groups_G].reshape(-1)
+    return _min_pivot_order(moment_II, damp)
+
+
+def _min_pivot_order(moment_II: torch.Tensor, damp: float) -> torch.Tensor:
+    """Pivoted left-looking Cholesky in float64, smallest pivot first; the walk is the reverse of the elimination."""
+    damped_II = moment_II.to(torch.float64).clone()
+    damped_II.diagonal().add_(damp)
+    num_columns = damped_II.shape[0]
+    factor_II = torch.zeros_like(damped_II)
+    eliminated_I = torch.empty(num_columns, dtype=torch.int64, device=moment_II.device)
+    pivots_I = damped_II.diagonal().clone()
+    smallest = torch.finfo(torch.float64).eps * float(pivots_I.max())
+    for step in range(num_columns):
+        column = pivots_I.argmin()
+        eliminated_I[step] = column
+        done_IK = factor_II[:, :step]
+        schur_I = damped_II[:, column] - done_IK @ done_IK[column]
+        schur_I /= schur_I[column].clamp(min=smallest).sqrt()
+        factor_II[:, step] = schur_I
+        pivots_I -= schur_I.square()
+        pivots_I[eliminated_I[: step + 1]] = torch.inf
+    return eliminated_I.flip(0)

@@ -1,0 +1,132 @@
+"""The only contract of a solver: `solve(problem: LayerProblem) -> LayerSolution`.
+
+A solver is pure. It knows no module class, file, device manager or logger, and changes none of its inputs.
+Shapes: `O` output rows, `I` input columns, `G` groups along `I`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from optgptq.affine_weight import AffineWeight
+from optgptq.grids.settings import GridSettings
+
+ColumnOrder = Literal["natural", "activation", "group_aware", "min_pivot"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolverSettings:
+    """How the columns are walked.
+
+    Attributes:
+        order: order in which columns are quantized; stored groups stay contiguous whatever it is.
+        damp_ratio: share of the mean diagonal of the input moment that is added to its diagonal.
+        column_block: columns per lazy update.
+        dtype: arithmetic of the solve; float64 in tests that compare codes.
+    """
+
+    order: ColumnOrder = "group_aware"
+    damp_ratio: float = 0.01
+    column_block: int = 128
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class LayerProblem:
+    """One linear to quantize, or several that read the same input, their rows one below the other.
+
+    Rows do not influence each other, so a stacked problem has the solution of its parts.
+
+    Attributes:
+        name: full module name, for messages only.
+        weight_OI: dense weight `[O, I]`, any float dtype.
+        input_moment_II: mean of `x x^T` over calibration tokens, `[I, I]`, float32 or float64.
+        num_tokens: tokens behind the moment.
+        grid: grid settings.
+        settings: solver settings.
+    """
+
+    name: str
+    weight_OI: torch.Tensor
+    input_moment_II: torch.Tensor
+    num_tokens: int
+    grid: GridSettings
+    settings: SolverSettings
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class LayerSolution:
+    """A quantized linear and the numbers that describe it.
+
+    Attributes:
+        weight: codes, scales and zero points, in the model's own column order.
+        row_energy_O: float64 `[O]`, `w H w^T` of each row with the undamped moment `H`.
+        row_loss_O: float64 `[O]`, `dw H dw^T` of each row of this solution.
+        row_rtn_loss_O: the same for rounding to nearest on a grid found by the same search.
+        row_clipped_O: float64 `[O]`, share of the row that lay outside its grid when it was rounded.
+        damp_ratio_used: the damping with which the factorization succeeded; 0 where none was needed.
+        num_dead_inputs: input columns whose moment was zero.
+        seconds: wall time of the solve.
+        notes: everything that a user must hear about, in plain sentences; empty when all went as asked.
+    """
+
+    weight: AffineWeight
+    row_energy_O: torch.Tensor
+    row_loss_O: torch.Tensor
+    row_rtn_loss_O: torch.Tensor
+    row_clipped_O: torch.Tensor
+    damp_ratio_used: float
+    num_dead_inputs: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Share of the output's energy that quantization loses: `tr(dW H dW^T) / tr(W H W^T)`."""
+        return _share(self.row_loss_O, self.row_energy_O)
+
+    @property
+    def rtn_loss(self) -> float:
+        """The same share for rounding to nearest."""
+        return _share(self.row_rtn_loss_O, self.row_energy_O)
+
+    @property
+    def clip_fraction(self) -> float:
+        """Share of all weights that lay outside their grid when they were rounded."""
+        return float(self.row_clipped_O.mean())
+
+    def rows(self, begin: int, end: int) -> LayerSolution:
+        """Return the solution of rows `begin .. end`; the time is shared out by rows."""
+        weight = AffineWeight(
+            codes_OI=self.weight.codes_OI[begin:end],
+            scale_OG=self.weight.scale_OG[begin:end],
+            zero_point_OG=self.weight.zero_point_OG[begin:end],
+            bits=self.weight.bits,
+            group_size=self.weight.group_size,
+            symmetric=self.weight.symmetric,
+        )
+        return LayerSolution(
+            weight=weight,
+            row_energy_O=self.row_energy_O[begin:end],
+            row_loss_O=self.row_loss_O[begin:end],
+            row_rtn_loss_O=self.row_rtn_loss_O[begin:end],
+            row_clipped_O=self.row_clipped_O[begin:end],
+            damp_ratio_used=self.damp_ratio_used,
+            num_dead_inputs=self.num_dead_inputs,
+            seconds=self.seconds * (end - begin) / self.weight.out_features,
+            notes=self.notes,
+        )
+
+
+class Solver(Protocol):
+    """Every solver has this signature; it raises NumericalError and nothing else on purpose."""
+
+    def __call__(self, problem: LayerProblem) -> LayerSolution: ...
+
+
+def _share(part_O: torch.Tensor, whole_O: torch.Tensor) -> float:
+    whole = float(whole_O.sum())
+    return float(part_O.sum()) / whole if whole > 0 else 0.0
