@@ -41,7 +41,9 @@ def generate(  # noqa: PLR0913 - the parameters of a command are its options
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
     bos: Annotated[
         bool | None,
-        typer.Option("--bos/--no-bos", help="Begin with the BOS token; default: the model's habit.", show_default=False),
+        typer.Option(
+            "--bos/--no-bos", help="Begin with the BOS token; default: the model's habit.", show_default=False
+        ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message for the chat template.")] = False,
     revision: RevisionOption = None,

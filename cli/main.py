@@ -16,7 +16,7 @@ from optgptq_cli.output import write_result
 app = typer.Typer(
     name="optgptq",
     help="Make low-bit checkpoints of causal language models, check them, compare them, and run them.",
-    epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 input, 4 target, 5 memory or disk, 6 numbers, 7 gate, 75 interrupted.",
+    epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 input, 4 target, 5 memory or disk, 6 numbers, 7 gate, 75 stopped.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

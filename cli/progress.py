@@ -45,7 +45,7 @@ class JobProgress:
         match event:
             case events.JobStarted():
                 self.title, self.num_decoder_layers = event.title, event.num_decoder_layers
-                return (f"{event.title}: {event.num_decoder_layers} decoder layers, {event.num_linears} linears",)
+                return (f"{event.title}: {event.num_linears} linears in {event.num_decoder_layers} decoder layers",)
             case events.PhaseStarted():
                 self.phase = f"{event.name}: {event.detail}" if event.detail else event.name
                 return (f"[{self.elapsed()}] {self.phase}",)

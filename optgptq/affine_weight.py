@@ -5,7 +5,7 @@ Shapes: `O` output rows, `I` input columns, `G` groups along `I`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,6 +53,13 @@ class AffineWeight:
         index_I = index_I.long()
         offset_OI = self.codes_OI.to(torch.int32) - self.zero_point_OG[:, index_I]
         return (offset_OI.to(torch.float32) * self.scale_OG.to(torch.float32)[:, index_I]).to(dtype)
+
+    def with_scale_dtype(self, dtype: torch.dtype) -> AffineWeight:
+        """Return the same weight with its scales in another dtype, which must hold them exactly."""
+        scale_OG = self.scale_OG.to(dtype)
+        if not torch.equal(scale_OG.to(torch.float32), self.scale_OG.to(torch.float32)):
+            raise ValueError(f"scales are not exact in {dtype}")
+        return replace(self, scale_OG=scale_OG)
 
     def stored_bits(self, *, zero_points_stored: bool) -> int:
         """Return the bits that codes, scales and (where stored) zero points take, without padding to words."""

@@ -48,12 +48,10 @@ class ActivationStream:
     Attributes:
         batches: the windows in order.
         context: positions and masks, the same for every batch.
-        name: for messages.
     """
 
     batches: list[Batch]
     context: AttentionContext
-    name: str
     kept_bytes: int = field(default=0, init=False)
 
     def measure(
@@ -99,7 +97,7 @@ class ActivationStream:
 
 
 def embed(
-    windows: Windows, embedding: Embedding, context: AttentionContext, *, windows_per_batch: int | None, name: str
+    windows: Windows, embedding: Embedding, context: AttentionContext, *, windows_per_batch: int | None
 ) -> ActivationStream:
     """Return the stream of `windows` before the first decoder layer."""
     size = windows_per_batch or max(TOKENS_PER_BATCH // windows.window_size, 1)
@@ -113,7 +111,7 @@ def embed(
         valid_BS = (positions_S < lengths_B[:, None]).to(device) if padded else None
         hidden_BSM = embedding.embed(tokens_BS.to(device), context)
         batches.append(Batch(first, valid_BS, LayerState(hidden_BSM=hidden_BSM)))
-    return ActivationStream(batches, context, name)
+    return ActivationStream(batches, context)
 
 
 def output_error(stream: ActivationStream, reference: ActivationStream) -> float:

@@ -21,7 +21,8 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     """Return the folder that `name` means, downloading a hub model into the hub's cache where it is not there yet.
 
     A folder that exists wins over a hub id of the same spelling. `HF_HUB_OFFLINE` and
-    `TRANSFORMERS_OFFLINE` are honoured: only what the cache holds is used then. Nothing is downloaded but safetensors, JSON, tokenizer files and the model card.
+    `TRANSFORMERS_OFFLINE` are honoured: only what the cache holds is used then. Nothing is downloaded but safetensors,
+    JSON, tokenizer files and the model card.
 
     Raises:
         UsageError: a revision for something that is not on the hub.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return `{relative name: {"sha256", "bytes"}}` of all files in `folder` but hidden ones and the manifest."""
-    return {
-        name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in list_files(folder)
-        if name != MANIFEST_FILE
-    }
+def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return `{relative name: {"sha256", "bytes"}}` of the named files in `folder`."""
+    return {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+
+
+def _all_files(folder: Path) -> list[str]:
+    return [name for name in list_files(folder) if name != MANIFEST_FILE]
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -49,7 +49,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     Raises:
         CapacityError, OutputError: the file cannot be written.
     """
-    manifest = {**content, "files": describe_files(folder)}
+    manifest = {**content, "files": describe_files(folder, _all_files(folder))}
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path = folder / MANIFEST_FILE
     try:
@@ -68,7 +68,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> list[Problem]:
     listed = manifest.get("files")
     if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
         return [Problem(MANIFEST_FILE, "a table `files`", "none")]
-    present = {name for name in list_files(folder) if name != MANIFEST_FILE}
+    present = set(_all_files(folder))
     problems = [
         Problem(name, "a file listed in the manifest", "one that is not") for name in sorted(present - set(listed))
     ]

@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from optgptq.checkpoint.disk import disk_error, require_disk_space
@@ -21,7 +21,7 @@ from optgptq.errors import OutputError
 __all__ = ["Staging", "require_disk_space", "staging_folder"]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Staging:
     """A folder in the making.
 
@@ -29,13 +29,11 @@ class Staging:
         path: where to write; a hidden sibling of `output`.
         output: the name under which it will appear.
         overwrite: an older output may be replaced.
-        published: it has appeared.
     """
 
     path: Path
     output: Path
     overwrite: bool
-    published: bool = field(default=False, init=False)
 
     def publish(self) -> None:
         """Force everything to disk, then let the folder appear under its name by one rename.
@@ -50,7 +48,6 @@ class Staging:
                 self._replace()
             else:
                 os.rename(self.path, self.output)
-                self.published = True
             _sync(self.output.parent)
         except OSError as error:
             raise disk_error(self.output, error) from error
@@ -59,13 +56,14 @@ class Staging:
         if not self.overwrite:
             raise _exists(self.output)
         aside = _hidden_sibling(self.output, "replaced")
-        os.rename(self.output, aside)
         try:
+            os.rename(self.output, aside)
             os.rename(self.path, self.output)
-            self.published = True
-        finally:
-            if not self.published:
+        except BaseException:
+            # Told by what is on disk, not by a flag: an interrupt can come between the rename and the flag.
+            if os.path.lexists(aside) and not os.path.lexists(self.output):
                 os.rename(aside, self.output)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -91,12 +89,11 @@ def staging_folder(output: Path, *, overwrite: bool, source: Path | None = None)
         path.mkdir()
     except OSError as error:
         raise disk_error(output, error) from error
-    staging = Staging(path, output, overwrite)
     try:
-        yield staging
+        yield Staging(path, output, overwrite)
     finally:
-        if not staging.published:
-            shutil.rmtree(path, ignore_errors=True)
+        # After a rename there is nothing left under this name.
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _require_apart(output: Path, source: Path) -> None:

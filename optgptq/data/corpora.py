@@ -52,7 +52,7 @@ def source_warnings(source: TextSource) -> tuple[str, ...]:
     if source_kind(source.source) == "hub" and source.revision is None:
         return (
             f"The data set {source.source} is read without a pinned revision: its text can change between runs. "
-            "Set calibration.revision to a commit.",
+            "Set calibration.revision to a commit (--text-revision for eval).",
         )
     return ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def _unreadable(path: Path, error: OSError) -> TextError:
     return TextError(
         f"text {path}",
         expected="a file that can be read",
-        found=(error.strerror or str(error)).lower(),
+        # pyarrow puts a sentence of its own where the system's words belong.
+        found=(os.strerror(error.errno) if error.errno else str(error)).lower(),
         action="Check the path and its permissions.",
     )
 

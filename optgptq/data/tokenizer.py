@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from optgptq.data.chat import chat_template_of, render_chat
-from optgptq.data.tokenizer_files import adds_bos, declared_tokens, named_special_tokens, read_json, token_ids
+from optgptq.data.tokenizer_files import declared_tokens, named_special_tokens, read_json, token_ids
 from optgptq.errors import TextError
 
 # Classes whose tokenizer.json transformers 5 takes as it is, and model types for which it does not do so even then.
@@ -71,7 +71,8 @@ class Tokenizer:
         vocab_size: ids run from 0 to one less, added tokens included.
         bos_token_id: begin-of-sequence id of the tokenizer, else of the model's configuration, else None.
         eos_token_ids: ids that end generation, of the first that has any: generation_config, config, tokenizer.
-        adds_bos: the tokenizer puts the BOS in front by itself, so the model was trained with it there.
+        adds_bos: the tokenizer puts the BOS in front by itself, so the model was trained with it there. Seen from what
+            it does: the flag `add_bos_token` of tokenizer_config.json has no effect beside a tokenizer.json.
         special_tokens: named special tokens (`bos_token`, ...) for chat templates.
         chat_template: Jinja source, or None.
     """
@@ -177,12 +178,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         backend, vocab_size = _NativeBackend(native), native.get_vocab_size()
         bos = native.token_to_id(special_tokens.get("bos_token", ""))
         eos = native.token_to_id(special_tokens.get("eos_token", ""))
-        habit = adds_bos(native.encode("a").ids, bos, config)
+        habit = native.encode("a").ids
     else:
         loaded = _open_transformers(folder)
         backend, vocab_size = _TransformersBackend(loaded), len(loaded)
         bos, eos = loaded.bos_token_id, loaded.eos_token_id
-        habit = adds_bos(loaded("a")["input_ids"], bos, {})
+        habit = loaded("a")["input_ids"]
         special_tokens = {name: str(text) for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
     generation, model = read_json(folder / "generation_config.json"), read_json(folder / "config.json")
     bos_ids = token_ids(bos, generation.get("bos_token_id"), model.get("bos_token_id"))
@@ -192,7 +193,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         vocab_size=vocab_size,
         bos_token_id=bos_ids[0] if bos_ids else None,
         eos_token_ids=token_ids(generation.get("eos_token_id"), model.get("eos_token_id"), eos),
-        adds_bos=habit,
+        adds_bos=bos is not None and habit[:1] == [bos],
         special_tokens=special_tokens,
         chat_template=chat_template_of(folder, config),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,3 @@ def token_ids(*candidates: object) -> tuple[int, ...]:
         if numbers:
             return numbers
     return ()
-
-
-def adds_bos(ids: Sequence[int], bos_token_id: int | None, config: Mapping[str, Any]) -> bool:
-    """Return whether the tokenizer puts BOS first, from the ids it gave a text and from flags that override them."""
-    if bos_token_id is None:
-        return False
-    if "add_bos_token" in config or "add_eos_token" in config:
-        return config.get("add_bos_token", False) is True
-    return len(ids) > 0 and ids[0] == bos_token_id

@@ -6,7 +6,7 @@ Shapes: `W` windows, `S` positions.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -79,6 +79,10 @@ class Windows:
     def num_tokens(self) -> int:
         """Valid tokens in all windows."""
         return int(self.lengths_W.sum())
+
+    def first(self, count: int) -> Windows:
+        """Return the first `count` windows, or all where there are fewer."""
+        return replace(self, tokens_WS=self.tokens_WS[:count], lengths_W=self.lengths_W[:count])
 
 
 def resolve_window_size(recipe_value: int | None, max_position: int | None) -> int:

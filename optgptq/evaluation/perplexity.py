@@ -8,7 +8,7 @@ Shapes: `W` windows, `B` windows of a batch, `S` positions of a window, `T` scor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,7 +77,7 @@ def evaluate(
     tokens_WS: torch.Tensor,
     *,
     baseline: LanguageModel | None = None,
-    stride: int | None = None,
+    first_scored_W: torch.Tensor | None = None,
     windows_per_batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
@@ -85,56 +85,49 @@ def evaluate(
 
     Args:
         candidate: the model to judge.
-        tokens_WS: int64 `[W, S]`. The first token of a window is never scored.
+        tokens_WS: int64 `[W, S]`.
         baseline: the model to compare with; it must have the same vocabulary.
-        stride: tokens that a window starts after the one before it. Only tokens that no earlier window scored
-            are scored. None: windows do not overlap.
+        first_scored_W: int64 `[W]`, the first position of each window whose token is scored, at least 1; None for 1:
+            nothing predicts the first token of a window. Windows that overlap score only what is new.
         windows_per_batch: windows in one forward; None for about 4096 tokens.
         progress: called with windows done and windows in all, after each batch.
 
     Raises:
-        UsageError: a window of fewer than two tokens, or a stride outside `1 .. S`.
+        UsageError: no window, or one without a token to score.
         InputError: the two models have different vocabularies.
         NumericalError: a model gives logits that are not finite.
     """
     num_windows, window_size = tokens_WS.shape
-    _check_windows(num_windows, window_size, stride=stride)
+    starts = [1] * num_windows if first_scored_W is None else first_scored_W.tolist()
+    _check_windows(starts, window_size)
     step = windows_per_batch or max(_TOKENS_PER_BATCH // window_size, 1)
     sums = _Sums()
     with torch.inference_mode():
-        for begin, end, first_scored in _batches(num_windows, window_size, stride=stride or window_size, step=step):
-            _score_batch(sums, tokens_WS[begin:end], candidate, baseline=baseline, first_scored=first_scored)
+        for begin, end in _batches(starts, step):
+            _score_batch(sums, tokens_WS[begin:end], candidate, baseline=baseline, first_scored=starts[begin])
             if progress is not None:
                 progress(end, num_windows)
     return _result(sums, has_baseline=baseline is not None)
 
 
-def _batches(num_windows: int, window_size: int, *, stride: int, step: int) -> list[tuple[int, int, int]]:
-    """Return `(first window, end window, first scored position)` of every batch.
+def _batches(first_scored: list[int], step: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of at most `step` consecutive windows that score the same positions."""
+    begin = 0
+    while begin < len(first_scored):
+        end = begin + 1
+        while end < min(begin + step, len(first_scored)) and first_scored[end] == first_scored[begin]:
+            end += 1
+        yield begin, end
+        begin = end
 
-    The first window scores all but its first token. A later window scores its last `stride` tokens: an earlier window
-    scored the others. Without overlap that is the same, and the first window needs no batch of its own.
-    """
-    if stride == window_size:
-        return [(begin, min(begin + step, num_windows), 1) for begin in range(0, num_windows, step)]
-    later = range(1, num_windows, step)
-    return [(0, 1, 1)] + [(begin, min(begin + step, num_windows), window_size - stride) for begin in later]
 
-
-def _check_windows(num_windows: int, window_size: int, *, stride: int | None) -> None:
-    if num_windows < 1 or window_size < 2:
+def _check_windows(first_scored: list[int], window_size: int) -> None:
+    if not first_scored or not all(1 <= first < window_size for first in first_scored):
         raise UsageError(
             "evaluation windows",
-            expected="at least one window of at least 2 tokens",
-            found=f"{num_windows} windows of {window_size} tokens",
+            expected="at least one window, and in each a token that follows another one",
+            found=f"{len(first_scored)} windows of {window_size} tokens",
             action="Give a larger --window-size, or more text.",
-        )
-    if stride is not None and not 1 <= stride <= window_size:
-        raise UsageError(
-            "--stride",
-            expected=f"a number from 1 to the window size, {window_size}",
-            found=str(stride),
-            action="Leave --stride out for windows that do not overlap.",
         )
 
 

@@ -88,6 +88,11 @@ def check_compressed_tensors(layouts: Sequence[LinearLayout]) -> tuple[str, ...]
             f"vLLM 0.33 loads widths other than 4 and 8 bits ({_some(unusual)}) on NVIDIA GPUs only, and SGLang 0.5.23 "
             "only with --quantization humming."
         )
+    if any(not layout.symmetric for layout in quantized):
+        warnings.append(
+            "transformers 5.23 with compressed-tensors 0.20 loads asymmetric files only with "
+            "CompressedTensorsConfig(dequantize=True)."
+        )
     if any(layout.bits == 8 and not layout.symmetric for layout in quantized):
         warnings.append("vLLM 0.33 loads asymmetric 8-bit files on NVIDIA GPUs only.")
     return (*warnings, *_misaligned(quantized))

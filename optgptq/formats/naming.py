@@ -30,21 +30,23 @@ def exact_patterns(names: Iterable[str]) -> tuple[str, ...]:
     Names that differ only in the number of the decoder layer share a pattern, and so do linears that are wanted in the
     same decoder layers.
     """
-    numbers_by_template: dict[tuple[str, str], set[int]] = {}
+    numbers_by_template: dict[tuple[str, str], list[str]] = {}
     plain = []
     for name in sorted(set(names)):
         parts = name.split(".")
-        position = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
-        if position is None:
+        position = next((place for place, part in enumerate(parts) if part.isascii() and part.isdecimal()), None)
+        # A name that ends with its number shares its pattern with no other.
+        if position is None or position == len(parts) - 1:
             plain.append(name)
             continue
         template = (".".join(parts[:position]), ".".join(parts[position + 1 :]))
-        numbers_by_template.setdefault(template, set()).add(int(parts[position]))
-    tails_by_layers: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        numbers_by_template.setdefault(template, []).append(parts[position])
+    tails_by_layers: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (head, tail), numbers in numbers_by_template.items():
-        tails_by_layers.setdefault((head, tuple(sorted(numbers))), []).append(tail)
+        ordered = tuple(sorted(numbers, key=lambda number: (len(number), number)))
+        tails_by_layers.setdefault((head, ordered), []).append(tail)
     patterns = [
-        rf"^{_dotted(head)}{_any_of(str(number) for number in numbers)}{_tails(tails)}$"
+        rf"^{_dotted(head)}{_any_of(numbers)}\.{_any_of(sorted(tails))}$"
         for (head, numbers), tails in tails_by_layers.items()
     ]
     return (*patterns, *(f"^{re.escape(name)}$" for name in plain))
@@ -132,10 +134,6 @@ def _with_fused_names(layout: LinearLayout, names: set[str], *, transposed: bool
 
 def _dotted(head: str) -> str:
     return re.escape(f"{head}.") if head else ""
-
-
-def _tails(tails: Sequence[str]) -> str:
-    return rf"\.{_any_of(sorted(tails))}" if tails != [""] else ""
 
 
 def _any_of(parts: Iterable[str]) -> str:

@@ -55,7 +55,14 @@ def require_tensor(
 
 
 def exact_scales(scale_OG: torch.Tensor, dtype: torch.dtype, *, where: str) -> torch.Tensor:
-    """Return the scales in `dtype`; TargetError when that would change one of them or one is not finite."""
+    """Return the scales in `dtype`; TargetError when that would change one, FormatError when one is not finite."""
+    if not bool(torch.isfinite(scale_OG).all()):
+        raise FormatError(
+            where,
+            expected="finite scales",
+            found="NaN or infinity",
+            action="The checkpoint is damaged: get it again, or quantize the model again.",
+        )
     stored_OG = scale_OG.to(dtype)
     if not torch.equal(stored_OG.to(torch.float64), scale_OG.to(torch.float64)):
         changed = int((stored_OG.to(torch.float64) != scale_OG.to(torch.float64)).sum())

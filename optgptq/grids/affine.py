@@ -1,12 +1,13 @@
 """Uniform grids: `level = scale * (code - zero_point)`, codes `0 .. max_code`.
 
-Shapes: `O` rows, `L` columns of one group, `I` columns, `G` groups. Arithmetic is in the dtype of the weight.
+Shapes: any that broadcast. Arithmetic is in the dtype of the weight.
 """
 
 from __future__ import annotations
 
 import torch
 
+# Float16's smallest subnormal, and the largest number that bfloat16 and float16 share.
 SMALLEST_SCALE = 2.0**-24
 LARGEST_SCALE = 65280.0
 
@@ -17,7 +18,7 @@ def storable_scale(scale: torch.Tensor) -> torch.Tensor:
     Engines keep scales in the dtype they serve in; a scale that only float16 holds would change when a model is
     served in bfloat16, after the codes were chosen for another one. Bfloat16 has the shorter mantissa and float16
     the smaller range, so rounding to the first and then to the second is exact in both. Zero and overflow are
-    clamped to the smallest and largest such magnitude; the sign is kept (a negative scale mirrors the grid).
+    clamped to the smallest and largest such magnitude; the sign is kept (a negative scale turns the grid around).
     """
     rounded = scale.to(torch.bfloat16).to(torch.float32).clamp(-LARGEST_SCALE, LARGEST_SCALE)
     rounded = rounded.to(torch.float16).to(torch.float32)
@@ -25,11 +26,9 @@ def storable_scale(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(rounded == 0, tiny, rounded).to(scale.dtype)
 
 
-def quantize(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, max_code: int) -> torch.Tensor:
-    """Return the nearest codes, as floats; `scale` and `zero_point` broadcast against `weight`."""
-    return torch.div(weight, scale).round_().add_(zero_point).clamp_(0, max_code)
-
-
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    """Return `scale * (codes - zero_point)`."""
-    return (codes - zero_point).mul_(scale)
+def nearest_codes(
+    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, max_code: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the nearest codes (floats, in the grid) and the codes that would be nearest on an endless grid."""
+    endless = torch.div(weight, scale).round_().add_(zero_point)
+    return endless.clamp(0, max_code), endless

@@ -1,59 +1,138 @@
+"""Which range a group's grid spans: a coarse scan of shrunk ranges, then a fine one around the best.
+
+Clipping the largest weights pays where it makes the steps between all others smaller. How an error is priced is the
+whole difference between the searches:
+
+    minmax   no search: the range is that of the weights
+    mse      every column the same
+    pivot    column j by P_jj^2, what the walk of GPTQ pays for an error that later columns compensate as far as they can
+    hessian  the whole block P P^T of the group: also how errors of its columns meet
+    walk     as pivot, but the walk of GPTQ is tried with the best few and decides (`optgptq.solvers.gptq`)
+
+A symmetric grid has one level more on its negative side. Its scale may be negative, which turns the grid around: the
+search tries both, so that the extra level is where the weights need it (at 2 bits a quarter of all levels).
+Every candidate scale is rounded for storage before it is tried.
+
+Shapes: `L` columns of a group, `O` rows. Arithmetic is in the dtype of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
+
 from optgptq.grids.affine import storable_scale
-EXP={}
-def candidates(w, grid, n, low, sgn):
-    """yield scale, zero for w [L,O]"""
-    if grid.symmetric:
-        lo=w.amin(0); hi=w.amax(0); am=torch.maximum(-lo,hi).clamp(min=1e-12)
-        z=torch.full_like(am,float(grid.symmetric_zero_point))
-        side=torch.where(hi>-lo,-1.0,1.0)
-        for i in range(n):
-            p=1-(1-low)*i/max(n-1,1)
-            s0=2*am*p/grid.max_code
-            yield storable_scale(s0),z
-            if sgn:
-                yield storable_scale(am*p/(grid.symmetric_zero_point)*side),z
-                if sgn>1: yield storable_scale(-s0),z
-    else:
-        lo=w.amin(0).clamp(max=0); hi=w.amax(0).clamp(min=0)
-        d=(hi-lo).clamp(min=1e-12)
-        for i in range(n):
-            p=1-(1-low)*i/max(n-1,1)
-            s=storable_scale(d*p/grid.max_code)
-            c=-lo*p/s
-            for z in ((c.round(),) if n==1 else (c.floor(),c.ceil())):
-                yield s,z.clamp(grid.smallest_zero_point,grid.max_code)
-def find_grid(w, P, grid):
-    kind=grid.search
-    n={'minmax':1}.get(kind,int(EXP.get('n',40))); low=float(EXP.get('low',0.2))
-    sgn=int(EXP.get('sgn','0')) if n>1 else 0
-    if kind=='hessian': Mx=P@P.T if EXP.get('mt','c')=='c' else HB
-    d=(P.diagonal()**2 if kind=='pivot' else torch.ones(len(w)))[:,None]
-    best=torch.full((w.shape[1],),float('inf'),dtype=w.dtype); bs=torch.zeros_like(best); bz=torch.zeros_like(best)
-    def ev(s,z):
-        e=(w/s).round_().add_(z).clamp_(0,grid.max_code).sub_(z).mul_(s).sub_(w)
-        if kind=='hessian': return (Mx@e).mul_(e).sum(0)
-        if kind=='sweep': return sweep(w,P,s,z,grid)
-        return e.square_().mul_(d).sum(0)
-    def take(s,z):
-        c=ev(s,z); m=c<best
-        best[m]=c[m]; bs[m]=s[m]; bz[m]=z[m]
-    for s,z in candidates(w,grid,n,low,sgn): take(s,z)
-    fine=int(EXP.get('f','0'))
-    if fine and n>1:
-        s0,z0=bs.clone(),bz.clone()
-        step=(1-low)/(n-1)
-        for j in range(-fine,fine+1):
-            r=1+step*j/fine
-            for dz in ((0,) if grid.symmetric else (-1,0,1)):
-                take(storable_scale(s0*r),(z0+dz).clamp(grid.smallest_zero_point,grid.max_code))
-    return bs,bz
-def sweep(w,P,s,z,grid):
-    L=len(w); E=torch.zeros_like(w); pend=torch.zeros_like(w); c=torch.zeros_like(s)
-    for j in range(L):
-        cur=w[j]+pend[j]/P[j,j]
-        q=((cur/s).round_().add_(z).clamp_(0,grid.max_code).sub_(z)).mul_(s)
-        c+=((cur-q)*P[j,j])**2
-        E[j]=w[j]-q
-        if j+1<L: pend[j+1:].addr_(P[j,j+1:],E[j])
-    return c
+from optgptq.grids.settings import GridSettings
+
+_COARSE_STEPS = 12
+_FINE_STEPS = 3
+# Smallest share of the full range that is tried: with few levels, more is worth clipping.
+_SMALLEST_SHARE = {2: 0.25, 3: 0.4, 4: 0.5, 8: 0.8}
+# Numbers per tile of rows: a few of them stay in the cache of one core.
+_TILE = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ErrorPrice:
+    """What an error in the columns of a group costs.
+
+    Attributes:
+        diagonal_L: price of each column's squared error.
+        matrix_LL: price of the whole group, `e^T M e`.
+    """
+
+    diagonal_L: torch.Tensor
+    matrix_LL: torch.Tensor
+
+
+def find_grids(
+    columns_LO: torch.Tensor, price: ErrorPrice, grid: GridSettings, *, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and zero point `[count, O]`: for every row its `count` best grids, the best one first.
+
+    Rows of zeros get the smallest scale and code every weight as the zero point.
+    """
+    num_columns, num_rows = columns_LO.shape
+    step = max(_TILE // num_columns, 1)
+    tiles = [_Search(columns_LO[:, begin : begin + step], price, grid) for begin in range(0, num_rows, step)]
+    scales, zero_points = zip(*(tile.best(count) for tile in tiles), strict=True)
+    return torch.cat(scales, dim=1), torch.cat(zero_points, dim=1)
+
+
+class _Search:
+    """All grids that were tried for the rows of one tile."""
+
+    def __init__(self, columns_LO: torch.Tensor, price: ErrorPrice, grid: GridSettings) -> None:
+        self.columns_LO = columns_LO.contiguous()
+        self.price = price
+        self.grid = grid
+        self.error_LO = torch.empty_like(self.columns_LO)
+        self.code_LO = torch.empty_like(self.columns_LO)
+        low_O, high_O = self.columns_LO.amin(dim=0), self.columns_LO.amax(dim=0)
+        self.low_O = low_O if grid.symmetric else low_O.clamp(max=0)
+        self.high_O = high_O if grid.symmetric else high_O.clamp(min=0)
+        self.tried: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def best(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and zero point `[count, O]`, the cheapest first."""
+        if self.grid.search == "minmax":
+            scale_O, zero_point_O = self._full_range()
+            return scale_O.expand(count, -1), zero_point_O.expand(count, -1)
+        smallest = _SMALLEST_SHARE[self.grid.bits]
+        spacing = (1 - smallest) / (_COARSE_STEPS - 1)
+        for step in range(_COARSE_STEPS):
+            for candidate in self._shrunk_ranges(1 - step * spacing):
+                self._try(*candidate)
+        coarse_scale_KO, coarse_zero_point_KO = self._cheapest(1)
+        shifts = (0,) if self.grid.symmetric else (0, -1, 1)
+        for step in range(-_FINE_STEPS, _FINE_STEPS + 1):
+            scale_O = storable_scale(coarse_scale_KO[0] * (1 + spacing * step / (_FINE_STEPS + 1)))
+            for shift in shifts:
+                if step or shift:
+                    self._try(scale_O, self._allowed(coarse_zero_point_KO[0] + shift))
+        return self._cheapest(count)
+
+    def _cheapest(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        costs, scales, zero_points = (torch.stack(parts) for parts in zip(*self.tried, strict=True))
+        index_KO = costs.topk(count, dim=0, largest=False).indices if count > 1 else costs.argmin(dim=0, keepdim=True)
+        return scales.gather(0, index_KO), zero_points.gather(0, index_KO)
+
+    def _full_range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.grid.symmetric:
+            return next(self._shrunk_ranges(1.0))
+        scale_O = storable_scale((self.high_O - self.low_O) / self.grid.max_code)
+        return scale_O, self._allowed((-self.low_O / scale_O).round())
+
+    def _shrunk_ranges(self, share: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if self.grid.symmetric:
+            largest_O = torch.maximum(-self.low_O, self.high_O)
+            scale_O = storable_scale(largest_O * (2 * share / self.grid.max_code))
+            zero_point_O = torch.full_like(scale_O, self.grid.symmetric_zero_point)
+            yield scale_O, zero_point_O
+            yield -scale_O, zero_point_O
+            return
+        scale_O = storable_scale((self.high_O - self.low_O) * (share / self.grid.max_code))
+        exact_O = -self.low_O * share / scale_O
+        yield scale_O, self._allowed(exact_O.floor())
+        yield scale_O, self._allowed(exact_O.ceil())
+
+    def _allowed(self, zero_point_O: torch.Tensor) -> torch.Tensor:
+        return zero_point_O.clamp(self.grid.smallest_zero_point, self.grid.max_code)
+
+    def _try(self, scale_O: torch.Tensor, zero_point_O: torch.Tensor) -> None:
+        torch.div(self.columns_LO, scale_O, out=self.error_LO)
+        torch.round(self.error_LO, out=self.code_LO)
+        self.code_LO.clamp_(-zero_point_O, self.grid.max_code - zero_point_O)
+        self.error_LO.sub_(self.code_LO)
+        self.tried.append((self._cost().mul_(scale_O.square()), scale_O, zero_point_O))
+
+    def _cost(self) -> torch.Tensor:
+        """Return the price `[O]` of `error_LO`, which is overwritten."""
+        if self.grid.search == "hessian":
+            return (self.price.matrix_LL @ self.error_LO).mul_(self.error_LO).sum(dim=0)
+        squared_LO = self.error_LO.square_()
+        if self.grid.search == "mse":
+            return squared_LO.sum(dim=0)
+        return self.price.diagonal_L @ squared_LO

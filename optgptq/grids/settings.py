@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-GridSearch = Literal["minmax", "mse", "hessian", "pivot"]
+GridSearch = Literal["minmax", "mse", "hessian", "pivot", "walk"]
 GroupGrids = Literal["dynamic", "static"]
 
 
@@ -26,7 +26,7 @@ class GridSettings:
     bits: int
     symmetric: bool
     group_size: int
-    search: GridSearch = "hessian"
+    search: GridSearch = "walk"
     group_grids: GroupGrids = "dynamic"
     smallest_zero_point: int = 0
 

@@ -41,7 +41,7 @@ class KernelChoice:
 
 
 def choose_affine_matmul(device: torch.device, dtype: torch.dtype) -> KernelChoice:
-    """Return the kernel that multiplies with affine weights on `device` in `dtype`; the plain torch one runs anywhere."""
+    """Return the kernel that multiplies with affine weights on `device` in `dtype`; plain torch runs anywhere."""
     dtype_name = str(dtype).removeprefix("torch.")
     return KernelChoice(
         operation="affine_matmul",

@@ -16,13 +16,31 @@ _SUSPICIOUS = re.compile(
 # Keys that change training, generation or bookkeeping only.
 _NEUTRAL = frozenset(
     {
-        "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset", "architectures",
-        "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "emb_pdrop", "classifier_dropout",
-        "hidden_dropout", "layerdrop", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-        "summary_type", "summary_use_proj", "attention_probs_dropout_prob", "embedding_fraction", "norm_type",
-        "activation_dropout", "attn_implementation", "output_attentions", "output_hidden_states", "is_encoder_decoder", "use_parallel_embedding",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "activation_dropout",
+        "architectures",
+        "attention_dropout",
+        "attention_probs_dropout_prob",
+        "attn_implementation",
+        "attn_pdrop",
+        "classifier_dropout",
+        "emb_pdrop",
+        "embd_pdrop",
+        "embedding_fraction",
+        "hidden_dropout",
+        "layerdrop",
+        "output_attentions",
+        "output_hidden_states",
+        "resid_pdrop",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
     }
-)  # fmt: skip
+)
 
 
 class ConfigReader:

@@ -11,7 +11,7 @@ heads, `D` head dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,6 +65,10 @@ class DecoderLayer:
     index: int
     linears: dict[str, LinearLike]
     norms: LayerNorms
+
+    def copy(self) -> DecoderLayer:
+        """Return a layer with the same weights; replacing a linear in one leaves the other as it is."""
+        return replace(self, linears=dict(self.linears))
 
     def forward(self, hidden_BSM: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Return the layer's output `[B, S, M]`; `hidden_BSM` is left as it is."""

@@ -93,7 +93,7 @@ class AlibiSpec:
     Attributes:
         slopes: one per query head.
         scale: factor on the bias (Falcon scales it together with the scores).
-        bfloat16_bias: slopes and product are rounded to bfloat16 before scaling, as Falcon was trained.
+        bfloat16_bias: slopes, positions and product are rounded to bfloat16 before scaling, as in Falcon.
     """
 
     slopes: tuple[float, ...]

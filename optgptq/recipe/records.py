@@ -26,7 +26,7 @@ LONGEST_PATTERN = 1000
 Method = Literal["rtn", "gptq"]
 Bits = Literal[2, 3, 4, 8]
 ColumnOrder = Literal["natural", "activation", "group_aware", "min_pivot"]
-GridSearch = Literal["minmax", "mse", "hessian", "pivot"]
+GridSearch = Literal["minmax", "mse", "hessian", "pivot", "walk"]
 GroupGrids = Literal["dynamic", "static"]
 FloatDtype = Literal["float32", "float64"]
 BosPolicy = Literal["none", "window", "document"]
@@ -103,14 +103,14 @@ class WeightRecipe(Section):
     group_size: GroupSize = Field(default=128, description="columns that share a scale; -1 for one scale per row")
     symmetric: StrictBool = Field(default=True, description="zero point fixed in the middle of the grid")
     order: ColumnOrder = Field(default="group_aware", description="order in which columns are quantized")
-    grid_search: GridSearch = Field(default="hessian", description="how the range of each group is chosen")
+    grid_search: GridSearch = Field(default="walk", description="how the range of each group is chosen")
     group_grids: GroupGrids = Field(
         default="dynamic", description="ranges from compensated weights, or all before the start"
     )
     damp_ratio: float = Field(
         default=0.01, strict=True, gt=0, lt=1, description="share of the mean diagonal added to the diagonal"
     )
-    column_block: int = Field(default=128, strict=True, ge=1, le=4096, description="columns per lazy update")
+    column_block: int = Field(default=16, strict=True, ge=1, le=4096, description="columns updated one by one")
     solver_dtype: FloatDtype = Field(default="float32", description="arithmetic of the solve")
     true_sequential: StrictBool = Field(
         default=True, description="stage by stage inside a decoder layer; false: one pass"
@@ -170,6 +170,10 @@ class CalibrationRecipe(Section):
     windows_per_batch: PositiveInt | None = Field(default=None, description="windows per forward pass; null: chosen")
     full_precision_windows: int = Field(
         default=8, strict=True, ge=0, description="windows also run through unquantized layers, to measure output error"
+    )
+    compute_dtype: Literal["auto", "float32"] = Field(
+        default="auto",
+        description="dtype of activations; auto: bfloat16 where model and processor have it, else float32",
     )
     moment_dtype: FloatDtype = Field(default="float32", description="accumulator of the input moments")
     moment_stream: Literal["quantized", "full_precision"] = Field(

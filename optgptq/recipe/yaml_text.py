@@ -22,7 +22,9 @@ KeyPath = tuple[str | int, ...]
 NULL = regex.compile(r"~|null|Null|NULL|")
 BOOL = regex.compile(r"true|True|TRUE|false|False|FALSE")
 INT = regex.compile(r"[-+]?[0-9](?:_?[0-9]){0,29}")
-FLOAT = regex.compile(r"[-+]?(?:\.[0-9]{1,40}|[0-9]{1,40}(?:\.[0-9]{0,40})?)(?:[eE][-+]?[0-9]{1,4})?")
+FLOAT = regex.compile(
+    r"[-+]?(?:(?:\.[0-9]{1,40}|[0-9]{1,40}\.[0-9]{0,40})(?:[eE][-+]?[0-9]{1,4})?|[0-9]{1,40}[eE][-+]?[0-9]{1,4})"
+)
 
 
 @dataclass(frozen=True, slots=True)

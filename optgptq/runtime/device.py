@@ -39,3 +39,20 @@ def _unusable(name: str, found: str) -> UsageError:
         found=found,
         action="Name one of these with --device, or leave it out.",
     )
+
+
+def compute_dtype(weights: torch.dtype, device: torch.device, *, wanted: str) -> torch.dtype:
+    """Return the dtype in which a model with these weights is run for calibration.
+
+    Args:
+        weights: dtype of the model's weights.
+        device: where it runs.
+        wanted: `float32`, or `auto`: bfloat16 weights in bfloat16 where the processor multiplies it natively, weights
+            of a GPU in their own dtype, everything else in float32. All of these hold the weights exactly.
+    """
+    if wanted == "float32" or weights not in (torch.bfloat16, torch.float16):
+        return torch.float32
+    if device.type != "cpu":
+        return weights
+    native = torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu.get_capabilities().get("bf16", False)
+    return torch.bfloat16 if weights == torch.bfloat16 and native else torch.float32

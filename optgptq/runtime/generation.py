@@ -6,13 +6,15 @@ Shapes: `R` prompts of a batch, `B` sequences computed, `S` positions, `M` model
 from __future__ import annotations
 
 import logging
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
-from optgptq.errors import TextError, UsageError
+from optgptq.errors import UsageError
 from optgptq.models.attention import attention_context
 from optgptq.models.decoder import Decoder
 from optgptq.models.spec import DecoderSpec
@@ -23,16 +25,13 @@ logger = logging.getLogger(__name__)
 
 # Bounds the cache of one batch; more sequences than fit run one batch after the other.
 _CACHE_BYTES = 1 << 30
-
-StepListener = Callable[[int, int], None]
+# A fixed number, so that the arithmetic does not depend on the number of cores: 64 rows already use most of a core's
+# speed in a matrix product, and 128 windows of self text then keep two cores busy.
+_SEQUENCES_PER_CPU_BATCH = 64
 
 
 def generate(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    settings: SamplingSettings,
-    *,
-    progress: StepListener | None = None,
+    decoder: Decoder, prompts: Sequence[Sequence[int]], settings: SamplingSettings, *, num_threads: int | None = None
 ) -> list[list[int]]:
     """Continue every prompt and return the new tokens in the order of the prompts, an end token included.
 
@@ -40,7 +39,7 @@ def generate(
         decoder: the model; its weights may be dense or quantized.
         prompts: token ids; nothing is added to them.
         settings: how tokens are chosen.
-        progress: called with new positions done and in all, for the batch that runs.
+        num_threads: batches that run at the same time on a CPU; None for torch's own number of threads.
 
     Raises:
         UsageError: an empty prompt, a token id outside the vocabulary, or more positions than the model has.
@@ -50,74 +49,62 @@ def generate(
     for index, prompt in enumerate(prompts):
         _check_prompt(decoder.spec, prompt, index, max_tokens=settings.max_tokens)
         by_length[len(prompt)].append(index)
-    results: list[list[int]] = [[] for _ in prompts]
+    if prompts:
+        _warn_of_positions(decoder.spec, max(by_length) + settings.max_tokens)
+    batches = []
     for length, indices in sorted(by_length.items()):
-        step = sequences_per_batch(decoder, length + settings.max_tokens)
-        for begin in range(0, len(indices), step):
-            batch = indices[begin : begin + step]
-            uniform_BS = torch.cat([draw_uniforms(settings, index, 1) for index in batch])
-            tokens = torch.tensor([list(prompts[index]) for index in batch], dtype=torch.int64)
-            new = _continue_batch(decoder, tokens, uniform_BS, settings, progress=progress)
-            for index, ids in zip(batch, new, strict=True):
-                results[index] = ids
+        step = _sequences_per_batch(decoder, length + settings.max_tokens)
+        batches += [indices[begin : begin + step] for begin in range(0, len(indices), step)]
+    threads = 1 if decoder.device.type != "cpu" else num_threads or torch.get_num_threads()
+    results: list[list[int]] = [[] for _ in prompts]
+    for batch, new in zip(batches, _run(decoder, prompts, settings, batches, threads=threads), strict=True):
+        for index, ids in zip(batch, new, strict=True):
+            results[index] = ids
     return results
 
 
-def write_windows(
+def _run(
     decoder: Decoder,
-    num_windows: int,
-    window_size: int,
-    *,
+    prompts: Sequence[Sequence[int]],
     settings: SamplingSettings,
-    bos_token_id: int | None,
-    progress: StepListener | None = None,
-) -> torch.Tensor:
-    """Return text that the model writes itself, int64 `[num_windows, window_size]` on the CPU.
+    batches: list[list[int]],
+    *,
+    threads: int,
+) -> list[list[list[int]]]:
+    """Return the new tokens of every batch.
 
-    Every window starts from the BOS token (from the end token where there is no BOS), which is not part of it. After
-    an end token inside a window the BOS token follows, where the model has one, and a new text begins.
-
-    Args:
-        decoder: the model.
-        num_windows: windows to write.
-        window_size: tokens per window.
-        settings: temperature, seed and end tokens; `max_tokens` and `ignore_eos` are not looked at.
-        bos_token_id: the model's BOS token or None.
-        progress: called with new positions done and in all, for the batch that runs.
-
-    Raises:
-        TextError: the model has neither a BOS nor an end token to start from.
+    One position of a small model is hundreds of operations of some microseconds. Split over threads they wait for each
+    other more than they compute (ten times slower on two busy cores), so each thread takes whole batches.
     """
-    start = bos_token_id if bos_token_id is not None else next(iter(settings.eos_token_ids), None)
-    if start is None:
-        raise TextError(
-            "text that the model writes itself",
-            expected="a BOS or an end token to start from",
-            found="neither in tokenizer and config",
-            action="Name a text with calibration.source.",
-        )
-    _check_prompt(decoder.spec, [start], 0, max_tokens=window_size)
-    settings = replace(settings, max_tokens=window_size, ignore_eos=True)
-    windows = []
-    step = sequences_per_batch(decoder, window_size + 1)
-    for begin in range(0, num_windows, step):
-        count = min(step, num_windows - begin)
-        windows += _continue_batch(
-            decoder,
-            torch.full((count, 1), start, dtype=torch.int64),
-            draw_uniforms(settings, begin, count),
-            settings,
-            restart_token=bos_token_id,
-            progress=progress,
-        )
-    return torch.tensor(windows, dtype=torch.int64)
+    stop = threading.Event()
+
+    def run(batch: list[int]) -> list[list[int]]:
+        uniform_BS = torch.cat([draw_uniforms(settings, index, 1) for index in batch])
+        prompt_BS = torch.tensor([list(prompts[index]) for index in batch], dtype=torch.int64)
+        return _continue_batch(decoder, prompt_BS, uniform_BS, settings, stop=stop)
+
+    workers = min(threads, len(batches))
+    if workers <= 1:
+        return [run(batch) for batch in batches]
+    previous = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                return list(pool.map(run, batches))
+            finally:
+                # Ctrl-C or an error in one batch: the others end after their current position.
+                stop.set()
+    finally:
+        # The number of this thread has not changed, but that of threads started later has.
+        torch.set_num_threads(previous)
 
 
-def sequences_per_batch(decoder: Decoder, num_positions: int) -> int:
-    """Return how many sequences of `num_positions` run together within the bound on the cache, at least 1."""
+def _sequences_per_batch(decoder: Decoder, num_positions: int) -> int:
+    """Return how many sequences of `num_positions` run together, at least 1."""
     spec = decoder.spec
     per_position = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * decoder.dtype.itemsize
-    return max(_CACHE_BYTES // (per_position * num_positions), 1)
+    fitting = max(_CACHE_BYTES // (per_position * num_positions), 1)
+    return min(fitting, _SEQUENCES_PER_CPU_BATCH) if decoder.device.type == "cpu" else fitting
 
 
 def _check_prompt(spec: DecoderSpec, prompt: Sequence[int], index: int, *, max_tokens: int) -> None:
@@ -141,9 +128,14 @@ def _check_prompt(spec: DecoderSpec, prompt: Sequence[int], index: int, *, max_t
             found=f"{len(prompt)} + {max_tokens} tokens",
             action="Ask for fewer new tokens, or shorten the prompt.",
         )
-    if limit is None and spec.max_position is not None and num_positions > spec.max_position:
+
+
+def _warn_of_positions(spec: DecoderSpec, num_positions: int) -> None:
+    if spec.max_position is not None and num_positions - 1 > spec.max_position:
         logger.warning(
-            "prompt and new tokens need %d positions; the model promises %d", num_positions, spec.max_position
+            "prompt and new tokens need %d positions, the model promises %d: the text gets worse beyond them",
+            num_positions - 1,
+            spec.max_position,
         )
 
 
@@ -153,26 +145,17 @@ def _continue_batch(
     uniform_BS: torch.Tensor,
     settings: SamplingSettings,
     *,
-    restart_token: int | None = None,
-    progress: StepListener | None = None,
+    stop: threading.Event,
 ) -> list[list[int]]:
-    """Return the new tokens of a batch of prompts of equal length.
-
-    `restart_token` follows every end token, whatever the model would have written.
-    """
+    """Return the new tokens of a batch of prompts of equal length; incomplete once `stop` is set."""
     batch = _Batch.start(decoder, prompt_BS, settings)
     prompt_size, uniform_BS = prompt_BS.shape[1], uniform_BS.to(decoder.device)
     with torch.inference_mode():
         for position in range(prompt_size, prompt_size + settings.max_tokens):
             logits_BV = batch.next_logits(decoder, position)
             next_B = choose_tokens(logits_BV, uniform_BS[batch.rows_B, position - prompt_size], settings)
-            if restart_token is not None and position > prompt_size:
-                after_end_B = torch.isin(batch.tokens_RS[batch.rows_B, position - 1], batch.eos)
-                next_B = next_B.masked_fill(after_end_B, restart_token)
             batch.append(next_B, position)
-            if progress is not None:
-                progress(position + 1 - prompt_size, settings.max_tokens)
-            if not settings.ignore_eos and batch.retire(next_B, position):
+            if stop.is_set() or (not settings.ignore_eos and batch.retire(next_B, position)):
                 break
     return [row[prompt_size:end] for row, end in zip(batch.tokens_RS.tolist(), batch.ends_R.tolist(), strict=True)]
 
@@ -210,7 +193,7 @@ class _Batch:
             rows_B=torch.arange(count, device=device),
             running_B=torch.ones(count, dtype=torch.bool, device=device),
             eos=torch.tensor(settings.eos_token_ids, dtype=torch.int64, device=device),
-            cache=KeyValueCache(decoder.spec.num_layers, capacity=limit),
+            cache=KeyValueCache(decoder.spec.num_layers),
         )
 
     def next_logits(self, decoder: Decoder, position: int) -> torch.Tensor:

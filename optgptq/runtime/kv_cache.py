@@ -12,6 +12,11 @@ from optgptq.models.attention import causal_attention
 from optgptq.models.spec import DecoderSpec
 
 
+# Memory grows by this many positions. Room for all positions at once would set the sequences of a batch far apart in
+# memory, which halves the speed of reading them (EPYC, 128 sequences of 128 positions with room for 512).
+_GROWTH = 64
+
+
 class KeyValueCache:
     """One batch's cache; `attend` is the hook that `attention_context(..., attend=)` takes.
 
@@ -19,10 +24,9 @@ class KeyValueCache:
         length: positions held by every layer between two forward passes.
     """
 
-    def __init__(self, num_layers: int, *, capacity: int) -> None:
-        """Make an empty cache for `capacity` positions; memory is taken at the first forward pass."""
+    def __init__(self, num_layers: int) -> None:
+        """Make an empty cache; memory is taken as positions come."""
         self.length = 0
-        self._capacity = capacity
         self._keys: list[torch.Tensor | None] = [None] * num_layers
         self._values: list[torch.Tensor | None] = [None] * num_layers
 
@@ -64,10 +68,13 @@ class KeyValueCache:
         self, store: list[torch.Tensor | None], layer_index: int, new_BKSD: torch.Tensor, end: int
     ) -> torch.Tensor:
         held = store[layer_index]
-        if held is None:
+        if held is None or held.shape[2] < end:
             batch, heads, _, head_dim = new_BKSD.shape
-            held = new_BKSD.new_empty((batch, heads, self._capacity, head_dim))
-            store[layer_index] = held
+            room = -(-end // _GROWTH) * _GROWTH
+            grown = new_BKSD.new_empty((batch, heads, room, head_dim))
+            if held is not None:
+                grown[:, :, : self.length] = held[:, :, : self.length]
+            held = store[layer_index] = grown
         held[:, :, self.length : end] = new_BKSD
         return held[:, :, :end]
 

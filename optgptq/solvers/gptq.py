@@ -1,13 +1,12 @@
-"""GPTQ: columns are rounded one after the other, and each error moves the columns that are still free.
+"""GPTQ: errors of rounded columns are compensated in the columns that are still free.
 
-The walk is kept in look-back form. With `H = P P^T` (`optgptq.solvers.factor`) and `D = W - Q` so far, column `j`
-stands at `w_j + sum_{i<j} D_i P_ij / P_jj` when its turn comes, which equals the classic update
-`W -= E U` code for code. Source: GPTQ (arXiv 2210.17323), algorithm 1; look-back form: LDLQ (arXiv 2307.13304).
+Source: GPTQ (arXiv 2210.17323); the walk itself is in `optgptq.solvers.walk`. Beyond the paper: dynamic grids are read
+from weights that carry all compensation so far (published code reads them from weights that lack that of the running
+block), and with the search `walk` several grids of a group are walked and the one that really costs least is kept.
 
-Everything inside is stored by columns (`[I, O]`), so that a column of the weight is contiguous. Arithmetic is in
-`SolverSettings.dtype`; grids are read in the same dtype from scales that are already rounded for storage.
+Arithmetic is in `SolverSettings.dtype`; scales are rounded for storage before any code is chosen on them.
 
-Shapes: `O` rows, `I` columns, `G` groups, `L` columns of a group, `C` columns of a block.
+Shapes: `O` rows, `I` columns in the walk's order, `G` groups, `L` columns of a group, `K` candidate grids.
 """
 
 from __future__ import annotations
@@ -17,13 +16,18 @@ import time
 import torch
 
 from optgptq.affine_weight import AffineWeight
-from optgptq.grids import affine
-from optgptq.grids.search import find_grid
+from optgptq.grids.search import ErrorPrice, find_grids
 from optgptq.grids.settings import GridSettings
 from optgptq.solvers.factor import Factor, factor_moment
 from optgptq.solvers.losses import row_losses
 from optgptq.solvers.problem import LayerProblem, LayerSolution
-from optgptq.solvers.rtn import static_grids
+from optgptq.solvers.rtn import round_to_nearest
+from optgptq.solvers.walk import ColumnGrids, ColumnWalk
+
+# Grids of a group that are walked where the search asks for it; more gains little (docs/log.md).
+NUM_WALKED_GRIDS = 4
+# Numbers in one array of a walk: bounds memory, and keeps a group's columns near the processor.
+_WALK_NUMBERS = 1 << 24
 
 
 def solve(problem: LayerProblem) -> LayerSolution:
@@ -34,7 +38,8 @@ def solve(problem: LayerProblem) -> LayerSolution:
     """
     started = time.perf_counter()
     grid, settings = problem.grid, problem.settings
-    num_columns = problem.weight_OI.shape[1]
+    weight_OI = problem.weight_OI.to(settings.dtype)
+    num_rows, num_columns = weight_OI.shape
     group_size = num_columns if grid.group_size == -1 else grid.group_size
     factor = factor_moment(
         problem.input_moment_II,
@@ -44,18 +49,22 @@ def solve(problem: LayerProblem) -> LayerSolution:
         damp_ratio=settings.damp_ratio,
         dtype=settings.dtype,
     )
-    weight_OI = problem.weight_OI.to(settings.dtype)
-    walk = _Walk(weight_OI, factor, grid, group_size)
-    walk.run(block_size(settings.column_block, group_size))
-    weight = walk.solution()
-    rtn = static_grids(weight_OI, problem.input_moment_II.to(settings.dtype), grid)
-    energy_O, loss_O, rtn_loss_O = row_losses(problem, weight, rtn)
+    chunk = max(_WALK_NUMBERS // (num_columns * _num_walked(grid)), 1)
+    parts = []
+    for begin in range(0, num_rows, chunk):
+        rows = _Rows(weight_OI[begin : begin + chunk], factor, grid, group_size, settings.column_block)
+        rows.solve()
+        parts.append(rows)
+    weight = _collect(parts, grid, group_size)
+    scale_OG, zero_point_OG = weight.scale_OG.to(settings.dtype), weight.zero_point_OG.to(settings.dtype)
+    nearest, _ = round_to_nearest(weight_OI, scale_OG, zero_point_OG, bits=grid.bits, symmetric=grid.symmetric)
+    energy_O, loss_O, rtn_loss_O = row_losses(problem, weight, nearest)
     return LayerSolution(
         weight=weight,
         row_energy_O=energy_O,
         row_loss_O=loss_O,
         row_rtn_loss_O=rtn_loss_O,
-        row_clipped_O=walk.clipped_O.to(torch.float64) / num_columns,
+        row_clipped_O=torch.cat([rows.clipped_O for rows in parts]).to(torch.float64) / num_columns,
         damp_ratio_used=factor.damp_ratio_used,
         num_dead_inputs=int(factor.dead_I.sum()),
         seconds=time.perf_counter() - started,
@@ -63,106 +72,136 @@ def solve(problem: LayerProblem) -> LayerSolution:
     )
 
 
-def block_size(column_block: int, group_size: int) -> int:
-    """Return the columns per block: whole groups where groups are smaller, so that none straddles a block."""
-    if group_size >= column_block:
-        return column_block
-    return column_block // group_size * group_size
+def _num_walked(grid: GridSettings) -> int:
+    return NUM_WALKED_GRIDS if grid.search == "walk" and grid.group_grids == "dynamic" else 1
 
 
-class _Walk:
-    """State of one pass over the columns, in the walk's order."""
+class _Rows:
+    """Some rows of a weight on their way through the walk; columns are in the walk's order."""
 
-    def __init__(self, weight_OI: torch.Tensor, factor: Factor, grid: GridSettings, group_size: int) -> None:
+    def __init__(
+        self, weight_OI: torch.Tensor, factor: Factor, grid: GridSettings, group_size: int, column_block: int
+    ) -> None:
         num_rows, num_columns = weight_OI.shape
         self.grid = grid
         self.group_size = group_size
+        self.column_block = column_block
         self.order_I = factor.order_I
         self.upper_II = factor.upper_II
         self.weight_IO = weight_OI.T[factor.order_I].contiguous()
         self.error_IO = torch.empty_like(self.weight_IO)
         self.codes_IO = torch.empty(num_columns, num_rows, dtype=torch.uint8, device=weight_OI.device)
         self.clipped_O = torch.zeros(num_rows, dtype=torch.int64, device=weight_OI.device)
-        num_groups = num_columns // group_size
-        self.scale_GO = torch.empty(num_groups, num_rows, dtype=weight_OI.dtype, device=weight_OI.device)
+        self.scale_GO = weight_OI.new_empty(num_columns // group_size, num_rows)
         self.zero_point_GO = torch.empty_like(self.scale_GO)
-        self.group_I = (factor.order_I // group_size).tolist()
-        self.dynamic = grid.group_grids == "dynamic"
-        if not self.dynamic:
-            self._read_static_grids()
+        self.group_of_column = (factor.order_I // group_size).tolist()
 
-    def run(self, block: int) -> None:
-        num_columns = self.weight_IO.shape[0]
-        begin = 0
-        while begin < num_columns:
-            # A block ends where its group ends, so that a dynamic grid is read from columns that are up to date.
-            end = min(begin + block, num_columns)
-            if self.group_size > block:
-                end = min(end, (begin // self.group_size + 1) * self.group_size)
-            self._run_block(begin, end)
-            begin = end
+    def solve(self) -> None:
+        if self.grid.group_grids == "static":
+            self._find_static_grids()
+            grids = ColumnGrids(
+                scale_GR=self.scale_GO,
+                zero_point_GR=self.zero_point_GO,
+                grid_of_column=self.group_of_column,
+                max_code=self.grid.max_code,
+            )
+            pending_IO = torch.zeros_like(self.weight_IO)
+            walk = ColumnWalk(self.weight_IO, self.upper_II, pending_IO, grids, column_block=self.column_block)
+            walk.run()
+            zero_point_IO = self.zero_point_GO[self.group_of_column]
+            self._keep(0, walk.steps_CR, walk.error_CR, self.scale_GO[self.group_of_column], zero_point_IO)
+            return
+        for begin in range(0, self.weight_IO.shape[0], self.group_size):
+            self._walk_group(begin)
 
-    def solution(self) -> AffineWeight:
+    def original_codes(self) -> torch.Tensor:
+        """Return the codes `[O, I]` with columns in the model's order."""
         codes_IO = torch.empty_like(self.codes_IO)
         codes_IO[self.order_I] = self.codes_IO
-        return AffineWeight(
-            codes_OI=codes_IO.T.contiguous(),
-            scale_OG=self.scale_GO.T.to(torch.float32).contiguous(),
-            zero_point_OG=self.zero_point_GO.T.to(torch.int32).contiguous(),
-            bits=self.grid.bits,
-            group_size=self.group_size,
-            symmetric=self.grid.symmetric,
-        )
+        return codes_IO.T
 
-    def _read_static_grids(self) -> None:
+    def _find_static_grids(self) -> None:
+        groups_I = torch.tensor(self.group_of_column, device=self.weight_IO.device)
         for group in range(self.scale_GO.shape[0]):
-            places_L = (self.order_I // self.group_size == group).nonzero().squeeze(1)
-            self._find_group_grid(group, self.weight_IO[places_L], places_L)
+            columns_L = (groups_I == group).nonzero().squeeze(1)
+            upper_LL = self.upper_II[columns_L][:, columns_L]
+            scale_KO, zero_point_KO = find_grids(self.weight_IO[columns_L], _price(upper_LL), self.grid, count=1)
+            self.scale_GO[group], self.zero_point_GO[group] = scale_KO[0], zero_point_KO[0]
 
-    def _find_group_grid(self, group: int, columns_LO: torch.Tensor, places_L: torch.Tensor) -> None:
-        factor_LL = self.upper_II[places_L][:, places_L]
-        self.scale_GO[group], self.zero_point_GO[group] = find_grid(columns_LO, factor_LL, self.grid)
+    def _walk_group(self, begin: int) -> None:
+        """Find the grid of the group that starts at column `begin` from its columns as they stand, and walk it."""
+        end = begin + self.group_size
+        upper_LL = self.upper_II[begin:end, begin:end]
+        weight_LO = self.weight_IO[begin:end]
+        pending_LO = self.upper_II[:begin, begin:end].T @ self.error_IO[:begin]
+        current_LO = weight_LO + torch.linalg.solve_triangular(upper_LL.T, pending_LO, upper=False)
+        count = _num_walked(self.grid)
+        scale_KO, zero_point_KO = find_grids(current_LO, _price(upper_LL), self.grid, count=count)
+        grids = ColumnGrids(
+            scale_GR=scale_KO.reshape(1, -1),
+            zero_point_GR=zero_point_KO.reshape(1, -1),
+            grid_of_column=[0] * self.group_size,
+            max_code=self.grid.max_code,
+        )
+        # Each row stands there `count` times: [L, O] -> [L, K * O].
+        weight_LR, pending_LR = weight_LO.repeat(1, count), pending_LO.repeat(1, count)
+        walk = ColumnWalk(weight_LR, upper_LL, pending_LR, grids, column_block=self.column_block)
+        walk.run()
+        best_O = walk.price().view(count, -1).argmin(dim=0)
+        group = self.group_of_column[begin]
+        self.scale_GO[group] = _of_candidate(scale_KO, best_O)
+        self.zero_point_GO[group] = _of_candidate(zero_point_KO, best_O)
+        steps_LO = _of_candidate(walk.steps_CR.view(self.group_size, count, -1), best_O)
+        error_LO = _of_candidate(walk.error_CR.view(self.group_size, count, -1), best_O)
+        self._keep(begin, steps_LO, error_LO, self.scale_GO[group], self.zero_point_GO[group])
 
-    def _run_block(self, begin: int, end: int) -> None:
-        """Round columns `begin .. end`; on entry all earlier errors are known but not yet applied here."""
-        pending_CO = self.upper_II[:begin, begin:end].T @ self.error_IO[:begin]
-        factor_CC = self.upper_II[begin:end, begin:end]
-        divisors = factor_CC.diagonal().tolist()
-        for place in range(begin, end):
-            if self.dynamic and place % self.group_size == 0:
-                self._read_dynamic_grid(place, pending_CO[place - begin :])
-            offset = place - begin
-            group = self.group_I[place]
-            scale_O, zero_point_O = self.scale_GO[group], self.zero_point_GO[group]
-            current_O = torch.add(self.weight_IO[place], pending_CO[offset], alpha=1.0 / divisors[offset])
-            code_O = current_O.div_(scale_O).round_().add_(zero_point_O)
-            inside_O = code_O.clamp(0, self.grid.max_code)
-            self.clipped_O += code_O != inside_O
-            self.codes_IO[place] = inside_O.to(torch.uint8)
-            level_O = inside_O.sub_(zero_point_O).mul_(scale_O)
-            error_O = torch.sub(self.weight_IO[place], level_O, out=self.error_IO[place])
-            if place + 1 < end:
-                pending_CO[offset + 1 :].addr_(factor_CC[offset, offset + 1 :], error_O)
+    def _keep(
+        self,
+        begin: int,
+        steps_CO: torch.Tensor,
+        error_CO: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+    ) -> None:
+        """Store the outcome of the columns from `begin` on; scale and zero point are `[O]` or `[C, O]`."""
+        end = begin + steps_CO.shape[0]
+        self.codes_IO[begin:end] = steps_CO + zero_point
+        self.error_IO[begin:end] = error_CO
+        pivots_C1 = self.upper_II.diagonal()[begin:end, None]
+        # Where column j stood when it was rounded, seen from its level: sum_{i<=j} D_i P_ij / P_jj.
+        distance_CO = (self.upper_II[:end, begin:end].T @ self.error_IO[:end]).div_(pivots_C1)
+        self.clipped_O += (distance_CO.abs_() > scale.abs() * _HALF_STEP).sum(dim=0)
 
-    def _read_dynamic_grid(self, place: int, pending_CO: torch.Tensor) -> None:
-        """Find the grid of the group that starts at `place` from its columns as they stand now."""
-        end = place + self.group_size
-        if pending_CO.shape[0] < self.group_size:
-            pending_LO = self.upper_II[:place, place:end].T @ self.error_IO[:place]
-        else:
-            pending_LO = pending_CO[: self.group_size]
-        factor_LL = self.upper_II[place:end, place:end]
-        shift_LO = torch.linalg.solve_triangular(factor_LL.T, pending_LO, upper=False)
-        columns_LO = self.weight_IO[place:end] + shift_LO
-        places_L = torch.arange(place, end, device=columns_LO.device)
-        self._find_group_grid(self.group_I[place], columns_LO, places_L)
+
+# Half a step, and room for the rounding of float32 where a weight lies in the middle of two levels.
+_HALF_STEP = 0.5 * (1 + 1e-3)
+
+
+def _price(upper_LL: torch.Tensor) -> ErrorPrice:
+    return ErrorPrice(upper_LL.diagonal().square(), upper_LL @ upper_LL.T)
+
+
+def _of_candidate(values: torch.Tensor, best_O: torch.Tensor) -> torch.Tensor:
+    """Return `[..., O]` of `[..., K, O]`: for every row the entry of its best candidate."""
+    index = best_O.expand(*values.shape[:-2], 1, -1)
+    return values.gather(-2, index).squeeze(-2)
+
+
+def _collect(parts: list[_Rows], grid: GridSettings, group_size: int) -> AffineWeight:
+    return AffineWeight(
+        codes_OI=torch.cat([rows.original_codes() for rows in parts]).contiguous(),
+        scale_OG=torch.cat([rows.scale_GO.T for rows in parts]).to(torch.float32).contiguous(),
+        zero_point_OG=torch.cat([rows.zero_point_GO.T for rows in parts]).to(torch.int32).contiguous(),
+        bits=grid.bits,
+        group_size=group_size,
+        symmetric=grid.symmetric,
+    )
 
 
 def _notes(problem: LayerProblem, factor: Factor) -> tuple[str, ...]:
-    notes = []
-    if factor.damp_ratio_used > problem.settings.damp_ratio:
-        notes.append(
-            f"damping was raised from {problem.settings.damp_ratio:g} to {factor.damp_ratio_used:g} of the mean "
-            "diagonal, because the input moment could not be factored"
-        )
-    return tuple(notes)
+    if factor.damp_ratio_used <= problem.settings.damp_ratio:
+        return ()
+    return (
+        f"damping was raised from {problem.settings.damp_ratio:g} to {factor.damp_ratio_used:g} of the mean diagonal, "
+        "because the input moment could not be factored",
+    )

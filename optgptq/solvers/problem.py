@@ -24,13 +24,13 @@ class SolverSettings:
     Attributes:
         order: order in which columns are quantized; stored groups stay contiguous whatever it is.
         damp_ratio: share of the mean diagonal of the input moment that is added to its diagonal.
-        column_block: columns per lazy update.
+        column_block: columns that update each other one by one; wider ranges are updated by products.
         dtype: arithmetic of the solve; float64 in tests that compare codes.
     """
 
     order: ColumnOrder = "group_aware"
     damp_ratio: float = 0.01
-    column_block: int = 128
+    column_block: int = 16
     dtype: torch.dtype = torch.float32
 
 
@@ -65,7 +65,7 @@ class LayerSolution:
         weight: codes, scales and zero points, in the model's own column order.
         row_energy_O: float64 `[O]`, `w H w^T` of each row with the undamped moment `H`.
         row_loss_O: float64 `[O]`, `dw H dw^T` of each row of this solution.
-        row_rtn_loss_O: the same for rounding to nearest on a grid found by the same search.
+        row_rtn_loss_O: the same for rounding the dense weight to nearest on the same grids.
         row_clipped_O: float64 `[O]`, share of the row that lay outside its grid when it was rounded.
         damp_ratio_used: the damping with which the factorization succeeded; 0 where none was needed.
         num_dead_inputs: input columns whose moment was zero.

@@ -1,4 +1,4 @@
-"""Rounding to nearest: every weight to the closest level of a grid read from the dense weight.
+"""Rounding to nearest: every weight to the closest level of its group's grid.
 
 Shapes: `O` rows, `I` columns, `G` groups, `L` columns of a group.
 """
@@ -10,22 +10,39 @@ import time
 import torch
 
 from optgptq.affine_weight import AffineWeight
-from optgptq.grids import affine
-from optgptq.grids.search import find_grid
-from optgptq.grids.settings import GridSettings
+from optgptq.grids.affine import nearest_codes
+from optgptq.grids.search import ErrorPrice, find_grids
 from optgptq.solvers.losses import row_losses
 from optgptq.solvers.problem import LayerProblem, LayerSolution
 
 
 def solve(problem: LayerProblem) -> LayerSolution:
-    """Return the nearest codes on searched grids. The moment only weighs the search and measures the loss."""
+    """Return the nearest codes on searched grids. The moment only prices the search and measures the loss.
+
+    Column order, damping and group grids mean nothing here. Since nothing compensates an error, `pivot` and `walk`
+    pay the moment's diagonal and `hessian` its diagonal block.
+    """
     started = time.perf_counter()
-    dtype = problem.settings.dtype
+    grid, dtype = problem.grid, problem.settings.dtype
     weight_OI = problem.weight_OI.to(dtype)
     moment_II = problem.input_moment_II.to(dtype)
-    weight = static_grids(weight_OI, moment_II, problem.grid)
+    num_columns = weight_OI.shape[1]
+    group_size = num_columns if grid.group_size == -1 else grid.group_size
+    scales, zero_points = [], []
+    for begin in range(0, num_columns, group_size):
+        block_LL = moment_II[begin : begin + group_size, begin : begin + group_size]
+        price = ErrorPrice(block_LL.diagonal(), block_LL)
+        scale_KO, zero_point_KO = find_grids(weight_OI[:, begin : begin + group_size].T, price, grid, count=1)
+        scales.append(scale_KO[0])
+        zero_points.append(zero_point_KO[0])
+    weight, clipped_O = round_to_nearest(
+        weight_OI,
+        torch.stack(scales, dim=1),
+        torch.stack(zero_points, dim=1),
+        bits=grid.bits,
+        symmetric=grid.symmetric,
+    )
     energy_O, loss_O = row_losses(problem, weight)
-    clipped_O = _clipped_share(weight_OI, weight)
     return LayerSolution(
         weight=weight,
         row_energy_O=energy_O,
@@ -38,14 +55,20 @@ def solve(problem: LayerProblem) -> LayerSolution:
     )
 
 
-def static_grids(weight_OI: torch.Tensor, moment_II: torch.Tensor, grid: GridSettings) -> AffineWeight:
-    n=weight_OI.shape[1]; g=n if grid.group_size==-1 else grid.group_size
-    sc=[];zs=[];codes=[]
-    for b in range(0,n,g):
-        w=weight_OI[:,b:b+g].T.contiguous()
-        P=torch.diag(moment_II.diagonal()[b:b+g].sqrt())
-        s,z=find_grid(w,P,grid); sc.append(s); zs.append(z)
-        codes.append(affine.quantize(w,s,z,grid.max_code).to(torch.uint8))
-    return AffineWeight(codes_OI=torch.cat(codes).T.contiguous(),scale_OG=torch.stack(sc,1).float(),zero_point_OG=torch.stack(zs,1).to(torch.int32),bits=grid.bits,group_size=g,symmetric=grid.symmetric)
-
-def _clipped_share(w,q): return torch.zeros(len(w),dtype=torch.float64)
+def round_to_nearest(
+    weight_OI: torch.Tensor, scale_OG: torch.Tensor, zero_point_OG: torch.Tensor, *, bits: int, symmetric: bool
+) -> tuple[AffineWeight, torch.Tensor]:
+    """Return the nearest codes on given grids, and float64 `[O]`, the share of each row outside its grid."""
+    num_rows, num_columns = weight_OI.shape
+    grouped_OGL = weight_OI.reshape(num_rows, scale_OG.shape[1], -1)
+    codes_OGL, endless_OGL = nearest_codes(grouped_OGL, scale_OG[..., None], zero_point_OG[..., None], (1 << bits) - 1)
+    clipped_O = (codes_OGL != endless_OGL).sum(dim=(1, 2)).to(torch.float64) / num_columns
+    weight = AffineWeight(
+        codes_OI=codes_OGL.reshape(num_rows, num_columns).to(torch.uint8),
+        scale_OG=scale_OG.to(torch.float32),
+        zero_point_OG=zero_point_OG.to(torch.int32),
+        bits=bits,
+        group_size=grouped_OGL.shape[2],
+        symmetric=symmetric,
+    )
+    return weight, clipped_O

@@ -103,8 +103,9 @@ def test_query_chunks_join_to_the_same_result_as_one_mask() -> None:
 
 def test_bfloat16_bias_is_rounded_before_it_is_scaled() -> None:
     bias = alibi_bias(AlibiSpec(slopes=(0.3,), scale=0.5, bfloat16_bias=True), torch.tensor([0, 1, 301]))
-    slope = torch.tensor(0.3).bfloat16()
-    expected = torch.tensor([0.0, float(slope), float((slope.float() * 301).bfloat16())]) * 0.5
+    slope = torch.tensor(0.3).bfloat16().float()
+    position = torch.tensor(301.0).bfloat16().float()
+    expected = torch.stack([torch.tensor(0.0), slope, (slope * position).bfloat16().float()]) * 0.5
     torch.testing.assert_close(bias, expected.unsqueeze(0), rtol=0, atol=0)
     plain = alibi_bias(AlibiSpec(slopes=(0.3,), scale=0.5), torch.tensor([301]))
     assert float(plain) != float(bias[0, 2])

@@ -82,6 +82,16 @@ def test_advance_takes_the_stage_input_that_was_already_made(decoder: Decoder) -
     assert torch.equal(state.hidden_BSM, expected)
 
 
+def test_a_copy_shares_weights_but_not_the_choice_of_linears(decoder: Decoder) -> None:
+    layer = decoder.layers[0]
+    copy = layer.copy()
+    (name,) = decoder.spec.stage("down").linears
+    original = layer.linears[name]
+    assert copy.linears[name] is original
+    copy.linears[name] = Linear(torch.zeros(decoder.spec.hidden_size, decoder.spec.intermediate_size))
+    assert layer.linears[name] is original
+
+
 def test_stage_o_needs_the_state_after_qkv(decoder: Decoder) -> None:
     state = LayerState(hidden_BSM=torch.zeros(1, 2, decoder.spec.hidden_size))
     with pytest.raises(ValueError, match="stage qkv"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -56,8 +57,7 @@ def test_every_field_can_be_set_to_what_it_has() -> None:
     for section in ("weights", "calibration", "kv_cache", "export"):
         for key in keys_at((section,)):
             value = defaults[section][key]
-            text = {None: "null", True: "true", False: "false"}.get(value) if not isinstance(value, list) else "[]"
-            override = f"{section}.{key}={value if text is None else text}"
+            override = f"{section}.{key}={json.dumps(value)}"
             assert load_recipe("gptq-w4", [override]).model_dump(mode="json")[section][key] == value
 
 

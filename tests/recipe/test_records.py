@@ -43,6 +43,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "chat_template": False,
         "windows_per_batch": None,
         "full_precision_windows": 8,
+        "compute_dtype": "auto",
         "moment_dtype": "float32",
         "moment_stream": "quantized",
         "self_temperature": 1.0,

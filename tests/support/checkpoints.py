@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from optgptq.affine_weight import AffineWeight
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.publish import staging_folder
-from optgptq.checkpoint.writer import ShardWriter
+from optgptq.checkpoint.writer import ShardWriter, TensorEntry
 from optgptq.formats import format_named
 from optgptq.formats.checkpoint import copy_dense, plan_entries, write_side_files
 from optgptq.layout import LinearLayout
@@ -83,9 +84,9 @@ def mixed_story_layouts() -> list[LinearLayout]:
     layouts = []
     for layout in story_layouts():
         if layout.fused_name.endswith("gate_up_proj") and layout.name.split(".")[2] in ("1", "4"):
-            layout = replace(layout, bits=8, group_size=32)  # noqa: PLW2901
+            layout = replace(layout, bits=8, group_size=32)
         if layout.name == "model.layers.2.mlp.down_proj":
-            layout = replace(layout, bits=None, dense_reason="rule")  # noqa: PLW2901
+            layout = replace(layout, bits=None, dense_reason="rule")
         layouts.append(layout)
     return layouts
 
@@ -126,3 +127,70 @@ def write_checkpoint(
         write_side_files(source, staging.path, form, layouts)
         staging.publish()
     return CheckpointFolder.open(output)
+
+
+def random_weight(layout: LinearLayout, *, seed: int = 0, scale_dtype: torch.dtype = torch.float16) -> AffineWeight:
+    """Random codes, scales and zero points that every format holds exactly."""
+    assert layout.bits is not None
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = layout.out_features, layout.in_features
+    group_size = columns if layout.group_size == -1 else layout.group_size
+    shape = (rows, -(-columns // group_size))
+    middle = 2 ** (layout.bits - 1)
+    zero_OG = torch.randint(1, 2**layout.bits, shape, dtype=torch.int32, generator=generator)
+    return AffineWeight(
+        codes_OI=torch.randint(0, 2**layout.bits, (rows, columns), dtype=torch.uint8, generator=generator),
+        scale_OG=exact_scale(torch.rand(shape, generator=generator)).to(scale_dtype),
+        zero_point_OG=torch.full_like(zero_OG, middle) if layout.symmetric else zero_OG,
+        bits=layout.bits,
+        group_size=group_size,
+        symmetric=layout.symmetric,
+    )
+
+
+def same_weight(first: AffineWeight, second: AffineWeight) -> bool:
+    """Every field equal, scales also in dtype."""
+    tensors = [(first.codes_OI, second.codes_OI), (first.scale_OG, second.scale_OG)]
+    tensors.append((first.zero_point_OG, second.zero_point_OG))
+    fields = [(weight.bits, weight.group_size, weight.symmetric) for weight in (first, second)]
+    indices = [weight.group_index_I for weight in (first, second)]
+    same_index = indices[0] is indices[1] or (
+        indices[0] is not None and indices[1] is not None and torch.equal(indices[0], indices[1])
+    )
+    same_tensors = all(left.dtype == right.dtype and torch.equal(left, right) for left, right in tensors)
+    return same_tensors and fields[0] == fields[1] and same_index
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, object]) -> CheckpointFolder:
+    """Write and open a bare checkpoint: these tensors and this config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [TensorEntry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    writer = ShardWriter(folder, entries, max_shard_bytes=10**9)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.finish()
+    (folder / "config.json").write_text(json.dumps(config))
+    return CheckpointFolder.open(folder)
+
+
+def write_linears(
+    folder: Path,
+    layouts: Sequence[LinearLayout],
+    weights: Mapping[str, AffineWeight],
+    *,
+    format_name: str,
+    config: Mapping[str, object] | None = None,
+    replaced: Mapping[str, torch.Tensor] | None = None,
+) -> CheckpointFolder:
+    """Write and open linears alone.
+
+    `config` changes keys of the quantization_config, `replaced` changes tensors: for files that others wrote.
+    """
+    form = format_named(format_name)
+    tensors: dict[str, torch.Tensor] = {}
+    for layout in layouts:
+        if layout.bits is not None:
+            tensors |= form.encode(layout, weights[layout.name])
+    tensors |= replaced or {}
+    quantization = {**form.quantization_config(layouts), **(config or {})}
+    return write_tensors(folder, tensors, {"model_type": "llama", "quantization_config": quantization})

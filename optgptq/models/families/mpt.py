@@ -35,6 +35,7 @@ def _mpt_spec(config: ConfigReader) -> DecoderSpec:
         (attention, "attn_uses_sequence_id", False),
     ):
         reader.require(key, allowed)
+    config.require("norm_type", "low_precision_layernorm", "layernorm")
     # Used by the original code only where there is no ALiBi.
     config.raw("learned_pos_emb")
     scale = attention.number("softmax_scale", default=head_dim**-0.5)

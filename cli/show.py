@@ -1,0 +1,107 @@
+"""`optgptq inspect` and `optgptq verify`: what is in a checkpoint, and is it intact."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from optgptq_cli.display import plain_log
+from optgptq_cli.options import JsonOption, ModelArgument, QuietOption, RevisionOption
+from optgptq_cli.output import human_bytes, table, write_json, write_result
+
+if TYPE_CHECKING:
+    from optgptq.formats.verify import VerifyReport
+    from optgptq.reports.inspect import InspectReport
+
+
+def inspect(
+    model: ModelArgument, revision: RevisionOption = None, as_json: JsonOption = False, quiet: QuietOption = False
+) -> None:
+    """Show format, bits per weight, sizes, losses per linear, and what stayed dense."""
+    from optgptq.checkpoint.folder import CheckpointFolder
+    from optgptq.checkpoint.hub import resolve_model
+    from optgptq.reports.inspect import inspect_checkpoint
+
+    with plain_log(quiet=quiet):
+        report = inspect_checkpoint(CheckpointFolder.open(resolve_model(model, revision)))
+    if as_json:
+        write_json(dataclasses.asdict(report))
+    elif not quiet:
+        write_result(_inspect_page(report))
+
+
+def verify(
+    model: ModelArgument, revision: RevisionOption = None, as_json: JsonOption = False, quiet: QuietOption = False
+) -> None:
+    """Re-check hashes, shapes, words and decodability of any checkpoint; exit code 3 if it is damaged."""
+    from optgptq.checkpoint.folder import CheckpointFolder
+    from optgptq.checkpoint.hub import resolve_model
+    from optgptq.errors import FormatError
+    from optgptq.formats.verify import verify_folder
+
+    with plain_log(quiet=quiet):
+        folder = CheckpointFolder.open(resolve_model(model, revision))
+        report = verify_folder(folder)
+    if as_json:
+        write_json({"intact": not report.problems, **dataclasses.asdict(report)})
+    elif not quiet:
+        write_result(_verify_page(report))
+    if report.problems:
+        first = report.problems[0]
+        others = len(report.problems) - 1
+        raise FormatError(
+            first.where if not others else f"{first.where} (and {others} more)",
+            expected=first.expected,
+            found=first.found,
+            action="Copy or download the checkpoint again, or quantize the model again.",
+        )
+
+
+def _inspect_page(report: InspectReport) -> str:
+    facts = [
+        ("format", report.format),
+        ("architecture", report.architecture or "-"),
+        ("bits per weight", "-" if report.bits_per_weight is None else f"{report.bits_per_weight:.4f}"),
+        ("quantized weights", f"{report.num_quantized_weights:,}"),
+        ("size", f"{human_bytes(report.tensor_bytes)}, {human_bytes(report.quantized_bytes)} of it quantized linears"),
+        ("recipe", report.recipe or "-"),
+        ("made by", f"optgptq {report.made_by}" if report.made_by else "another tool"),
+    ]
+    parts = [table(facts)]
+    if report.layers:
+        rows = [
+            (
+                layer.name,
+                f"{layer.out_features} x {layer.in_features}",
+                str(layer.bits),
+                "row" if layer.group_size == -1 else str(layer.group_size),
+                "symmetric" if layer.symmetric else "asymmetric",
+                _loss(layer.loss),
+                _loss(layer.rtn_loss),
+            )
+            for layer in report.layers
+        ]
+        header = ("linear", "shape", "bits", "group", "grid", "loss", "rounding")
+        parts.append(table(rows, header=header))
+    if report.dense:
+        parts.append(table([(entry["name"], entry["reason"]) for entry in report.dense], header=("dense", "reason")))
+    parts += [f"warning: {warning}" for warning in report.warnings]
+    return "\n\n".join(parts)
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}"
+
+
+def _verify_page(report: VerifyReport) -> str:
+    facts = [
+        ("format", report.format),
+        ("tensors", str(report.num_tensors)),
+        ("quantized linears", str(report.num_quantized)),
+        ("hashes", "compared with the manifest" if report.has_manifest else "no manifest to compare with"),
+        ("problems", str(len(report.problems))),
+    ]
+    lines = [table(facts)]
+    lines += [f"problem: {item.where}: expected {item.expected}, found {item.found}" for item in report.problems]
+    lines += [f"note: {note}" for note in report.notes]
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""The windows a model is calibrated on: read from a source, or written by the model itself."""
+
+from __future__ import annotations
+
+import torch
+
+from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.data.corpora import TextSource, load_documents, source_warnings
+from optgptq.data.lint import lint
+from optgptq.data.tokenizer import Tokenizer, load_tokenizer
+from optgptq.data.windows import (
+    Windows,
+    WindowSettings,
+    build_windows,
+    require_bos,
+    resolve_window_size,
+    windows_from_tokens,
+)
+from optgptq.models.decoder import load_decoder
+from optgptq.models.inventory import model_linears
+from optgptq.models.spec import DecoderSpec
+from optgptq.recipe.records import CalibrationRecipe
+from optgptq.runtime.sampling import SamplingSettings
+from optgptq.runtime.self_text import write_windows
+
+
+def calibration_windows(
+    folder: CheckpointFolder, spec: DecoderSpec, calibration: CalibrationRecipe, *, dtype: torch.dtype, device: str
+) -> tuple[Windows, tuple[str, ...]]:
+    """Return the windows that the recipe asks for, and warnings about them.
+
+    Raises:
+        TextError: no tokenizer, or a text that cannot be used.
+        RecipeError: a BOS policy that the tokenizer cannot follow.
+    """
+    tokenizer = load_tokenizer(folder.path)
+    window_size = resolve_window_size(calibration.window_size, spec.max_position)
+    if calibration.source == "self":
+        windows = _self_text(folder, tokenizer, calibration, window_size=window_size, dtype=dtype, device=device)
+        warnings: tuple[str, ...] = ()
+    else:
+        source = TextSource.of(calibration)
+        documents = load_documents(source, render_chat=tokenizer.render_chat)
+        windows = build_windows(documents, tokenizer, WindowSettings.of(calibration, window_size=window_size))
+        warnings = source_warnings(source)
+    widest = max(linear.in_features for linear in model_linears(spec))
+    return windows, warnings + lint(windows, tokenizer, widest_input=widest, max_position=spec.max_position)
+
+
+def _self_text(
+    folder: CheckpointFolder,
+    tokenizer: Tokenizer,
+    calibration: CalibrationRecipe,
+    *,
+    window_size: int,
+    dtype: torch.dtype,
+    device: str,
+) -> Windows:
+    """Sample windows from the dense model, which is in memory as a whole while it writes."""
+    bos_token_id = require_bos(tokenizer, calibration.bos) if calibration.bos == "window" else None
+    settings = SamplingSettings(
+        max_tokens=window_size,
+        temperature=calibration.self_temperature,
+        seed=calibration.seed,
+        eos_token_ids=tokenizer.eos_token_ids,
+    )
+    text_size = window_size - (bos_token_id is not None)
+    tokens_WS = write_windows(
+        load_decoder(folder, dtype=dtype, device=device),
+        calibration.num_windows,
+        text_size,
+        settings=settings,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    if bos_token_id is not None:
+        tokens_WS = torch.cat([torch.full((tokens_WS.shape[0], 1), bos_token_id), tokens_WS], dim=1)
+    note = (
+        f"{calibration.num_windows} windows of {window_size} tokens written by the model itself at temperature "
+        f"{calibration.self_temperature:g} with seed {calibration.seed}."
+    )
+    return windows_from_tokens(tokens_WS, notes=(note,))

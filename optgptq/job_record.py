@@ -1,0 +1,69 @@
+"""What a job did, collected while it runs: the content of the manifest, and the timings that the manifest must not hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from optgptq.calibration.layer import SolvedLinear
+from optgptq.plan import LinearPlan
+
+
+@dataclass(slots=True)
+class JobRecord:
+    """Growing lists of what happened.
+
+    Attributes:
+        zero_points_stored: symmetric zero points take room in the file.
+        layers: one entry per quantized linear, in the order of the walk.
+        dense: one entry per linear that stays dense.
+        decoder_layers: one entry per decoder layer.
+        warnings: everything that a user must hear about.
+        timings: seconds by linear and phase; not part of the manifest.
+    """
+
+    zero_points_stored: bool
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    dense: list[dict[str, Any]] = field(default_factory=list)
+    decoder_layers: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    _stored_bits: int = 0
+    _num_weights: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Codes, scales and stored zero points over the quantized weights."""
+        return self._stored_bits / self._num_weights if self._num_weights else 0.0
+
+    def add_linear(self, solved: SolvedLinear) -> None:
+        """Add a linear; notes of its solver become warnings."""
+        layout, solution = solved.plan.layout, solved.solution
+        if solution is None:
+            self.dense.append({"name": layout.name, "reason": layout.dense_reason})
+            return
+        stored = self.zero_points_stored or not layout.symmetric
+        self._stored_bits += solution.weight.stored_bits(zero_points_stored=stored)
+        self._num_weights += layout.out_features * layout.in_features
+        self.timings[layout.name] = solution.seconds
+        self.layers.append(
+            {
+                "name": layout.name,
+                "method": solved.plan.method,
+                "bits": layout.bits,
+                "group_size": layout.group_size,
+                "symmetric": layout.symmetric,
+                "loss": solution.loss,
+                "rtn_loss": solution.rtn_loss,
+                "clip_fraction": solution.clip_fraction,
+                "damp_ratio_used": solution.damp_ratio_used,
+                "num_dead_inputs": solution.num_dead_inputs,
+                "notes": list(solution.notes),
+                **_reason(solved.plan),
+            }
+        )
+        self.warnings += [f"{layout.name}: {note}" for note in solution.notes]
+
+
+def _reason(plan: LinearPlan) -> dict[str, str]:
+    return {} if plan.reason is None else {"reason": plan.reason}

@@ -1,0 +1,256 @@
+"""The main job: read, calibrate, solve, write, verify, publish."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import optgptq
+from optgptq.calibration.layer import LayerCalibration, LayerSettings, SolvedLinear
+from optgptq.calibration.stream import embed
+from optgptq.calibration_text import calibration_windows
+from optgptq.checkpoint.folder import CONFIG_FILE, CheckpointFolder
+from optgptq.checkpoint.manifest import describe_files, write_manifest
+from optgptq.checkpoint.publish import require_disk_space, staging_folder
+from optgptq.checkpoint.writer import ShardWriter
+from optgptq.data.windows import Windows
+from optgptq.errors import ModelError
+from optgptq.formats import CheckpointFormat, detect, format_named
+from optgptq.formats.checkpoint import copy_dense, plan_entries, write_side_files
+from optgptq.formats.verify import verify_written, weight_digest
+from optgptq.job_record import JobRecord
+from optgptq.models.attention import attention_context
+from optgptq.models.checks import check_inventory
+from optgptq.models.loading import load_embedding, load_layer
+from optgptq.models.registry import model_spec
+from optgptq.plan import LinearPlan, plan_linears
+from optgptq.recipe.loading import recipe_for_record
+from optgptq.recipe.records import Recipe
+from optgptq.reports import events
+from optgptq.reports.events import ProgressListener, ignore_progress
+from optgptq.reports.memory import peak_memory_bytes
+from optgptq.runtime.device import compute_dtype, require_device
+from optgptq.solvers import SolverSettings
+
+# Safetensors headers, JSON files and the copies of small files, beside the tensors themselves.
+_SMALL_FILES_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeResult:
+    """What a job made.
+
+    Attributes:
+        output: the checkpoint.
+        seconds: wall time.
+        peak_memory_bytes: highest resident memory of the process.
+        bits_per_weight: codes, scales and zero points over the quantized weights.
+        warnings: everything that a user must hear about; also in the checkpoint's manifest.
+        record: the manifest's content and the timings.
+    """
+
+    output: Path
+    seconds: float
+    peak_memory_bytes: int
+    bits_per_weight: float
+    warnings: tuple[str, ...]
+    record: dict[str, Any]
+
+
+def quantize(
+    model: Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: ProgressListener = ignore_progress,
+    device: str = "cpu",
+) -> QuantizeResult:
+    """Quantize the model in folder `model` by `recipe` into folder `output`, which appears complete or not at all.
+
+    Raises:
+        OptGPTQError: one of its kinds for everything that is the user's, the machine's or the model's fault.
+    """
+    started = time.perf_counter()
+    with staging_folder(output, overwrite=overwrite, source=model) as staging:
+        job = _Job(CheckpointFolder.open(model), recipe, device=device, progress=progress)
+        digests = job.run(staging.path)
+        progress(events.PhaseStarted(name="verifying", detail="reading back every tensor"))
+        verify_written(CheckpointFolder.open(staging.path), job.source, job.layouts, digests)
+        manifest = job.manifest()
+        write_manifest(staging.path, manifest)
+        staging.publish()
+    return QuantizeResult(
+        output=output,
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+        bits_per_weight=job.record.bits_per_weight,
+        warnings=tuple(job.record.warnings),
+        record={**manifest, "timings": job.record.timings},
+    )
+
+
+class _Job:
+    """One job: what it was asked, what it decided, and what it did so far."""
+
+    def __init__(self, source: CheckpointFolder, recipe: Recipe, *, device: str, progress: ProgressListener) -> None:
+        self.source = source
+        self.recipe = recipe
+        self.device = require_device(device)
+        self.progress = progress
+        self.form: CheckpointFormat = format_named(recipe.export.format)
+        _require_dense(source)
+        self.spec = model_spec(source)
+        check_inventory(source, self.spec)
+        self.plans = plan_linears(self.spec, recipe, self.form)
+        self.layouts = [plan.layout for plan in self.plans]
+        weight_dtype = source.info(f"{self.plans[0].info.name}.weight").torch_dtype
+        self.dtype = compute_dtype(weight_dtype, self.device, wanted=recipe.calibration.compute_dtype)
+        self.scale_dtype = self.form.scale_dtype(weight_dtype)
+        self.record = JobRecord(zero_points_stored=self.form.stores_symmetric_zero_points)
+        self.windows: Windows | None = None
+
+    @torch.no_grad()
+    def run(self, folder: Path) -> dict[str, str]:
+        """Write the whole checkpoint but for its manifest into `folder`; return the digest of each quantized weight."""
+        self._announce()
+        entries = plan_entries(self.source, self.layouts, self.form)
+        require_disk_space(folder, sum(entry.num_bytes for entry in entries) + _SMALL_FILES_BYTES)
+        self.windows = windows = self._read_windows()
+        writer = ShardWriter(folder, entries, max_shard_bytes=self.recipe.export.max_shard_bytes)
+        digests: dict[str, str] = {}
+        calibration = self._embed(windows)
+        for index in range(self.spec.num_layers):
+            layer_started = time.perf_counter()
+            self.progress(events.DecoderLayerStarted(index=index))
+            layer = load_layer(self.source, self.spec, index, dtype=self.dtype, device=self.device)
+            plans = [plan for plan in self.plans if plan.info.layer_index == index]
+            for solved in calibration.run(layer, plans):
+                self._write(solved, writer, digests)
+            self._finish_layer(index, calibration.output_error(), time.perf_counter() - layer_started)
+        self.progress(events.PhaseStarted(name="writing", detail="dense tensors and side files"))
+        copy_dense(self.source, writer, self.layouts)
+        writer.finish()
+        write_side_files(self.source, folder, self.form, self.layouts)
+        return digests
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the content of the manifest: everything that decides the bytes, and what came of it."""
+        assert self.windows is not None
+        return {
+            "optgptq": optgptq.__version__,
+            "recipe": recipe_for_record(self.recipe),
+            "model": {"files": describe_files(self.source.path, self._source_files())},
+            "calibration": {
+                "tokens_sha256": self.windows.sha256,
+                "num_windows": self.windows.num_windows,
+                "window_size": self.windows.window_size,
+                "num_tokens": self.windows.num_tokens,
+                "remainder_tokens": self.windows.remainder_tokens,
+                "compute_dtype": str(self.dtype).removeprefix("torch."),
+                "notes": list(self.windows.notes),
+            },
+            "device": self.device.type,
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+            "bits_per_weight": self.record.bits_per_weight,
+            "layers": self.record.layers,
+            "dense": self.record.dense,
+            "decoder_layers": self.record.decoder_layers,
+            "warnings": self.record.warnings,
+        }
+
+    def _source_files(self) -> list[str]:
+        return sorted((CONFIG_FILE, *self.source.weight_files, *self.source.side_files))
+
+    def _announce(self) -> None:
+        title = f"{self.spec.num_layers} decoder layers, {self.recipe.name or 'recipe'}, {self.form.name}"
+        self.progress(
+            events.JobStarted(title=title, num_decoder_layers=self.spec.num_layers, num_linears=len(self.plans))
+        )
+        for warning in self.form.check(self.layouts, scale_dtype=self.scale_dtype):
+            self._warn(warning)
+
+    def _read_windows(self) -> Windows:
+        self.progress(events.PhaseStarted(name="calibration text", detail=self.recipe.calibration.source))
+        windows, warnings = calibration_windows(
+            self.source, self.spec, self.recipe.calibration, dtype=self.dtype, device=str(self.device)
+        )
+        for warning in warnings:
+            self._warn(warning)
+        return windows
+
+    def _embed(self, windows: Windows) -> LayerCalibration:
+        calibration, weights = self.recipe.calibration, self.recipe.weights
+        embedding = load_embedding(self.source, self.spec, dtype=self.dtype, device=self.device)
+        context = attention_context(self.spec, windows.window_size, dtype=self.dtype, device=self.device)
+        measure_full_precision = calibration.moment_stream == "full_precision"
+        num_reference = windows.num_windows if measure_full_precision else calibration.full_precision_windows
+        batch = calibration.windows_per_batch
+        reference = windows.first(num_reference)
+        settings = LayerSettings(
+            solver=SolverSettings(
+                order=weights.order,
+                damp_ratio=weights.damp_ratio,
+                column_block=weights.column_block,
+                dtype=getattr(torch, weights.solver_dtype),
+            ),
+            moment_dtype=getattr(torch, calibration.moment_dtype),
+            true_sequential=weights.true_sequential,
+            measure_full_precision=measure_full_precision,
+        )
+        return LayerCalibration(
+            embed(windows, embedding, context, windows_per_batch=batch),
+            embed(reference, embedding, context, windows_per_batch=batch) if num_reference else None,
+            settings,
+            stage_started=lambda index, stage: self.progress(events.StageStarted(layer_index=index, stage=stage)),
+        )
+
+    def _write(self, solved: SolvedLinear, writer: ShardWriter, digests: dict[str, str]) -> None:
+        layout, solution = solved.plan.layout, solved.solution
+        self.record.add_linear(solved)
+        if solution is not None:
+            weight = solution.weight.with_scale_dtype(self.scale_dtype)
+            digests[layout.name] = weight_digest(weight)
+            for name, tensor in self.form.encode(layout, weight).items():
+                writer.write(name, tensor)
+        self.progress(
+            events.LinearFinished(
+                layer_index=solved.plan.info.layer_index,
+                name=layout.name,
+                out_features=layout.out_features,
+                in_features=layout.in_features,
+                bits=layout.bits,
+                loss=None if solution is None else solution.loss,
+                rtn_loss=None if solution is None else solution.rtn_loss,
+                seconds=0.0 if solution is None else solution.seconds,
+            )
+        )
+
+    def _finish_layer(self, index: int, error: float | None, seconds: float) -> None:
+        self.record.decoder_layers.append({"index": index, "output_error": error})
+        self.record.timings[f"decoder layer {index}"] = seconds
+        self.progress(
+            events.DecoderLayerFinished(
+                index=index, seconds=seconds, output_error=error, peak_memory_bytes=peak_memory_bytes()
+            )
+        )
+
+    def _warn(self, message: str) -> None:
+        self.record.warnings.append(message)
+        self.progress(events.WarningRaised(message=message))
+
+
+def _require_dense(source: CheckpointFolder) -> None:
+    form = detect(source)
+    if form is not None:
+        raise ModelError(
+            str(source.path),
+            expected="a model with dense weights",
+            found=f"one that is quantized already ({form.name})",
+            action="Start from the original model; `optgptq convert` changes the layout of a quantized one.",
+        )

@@ -1,0 +1,185 @@
+"""What is in a checkpoint: its format, how many bits its weights take, and what its manifest says of every linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
+from optgptq.checkpoint.manifest import read_manifest
+from optgptq.formats import CheckpointFormat, detect
+from optgptq.layout import LinearLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """One quantized linear; losses and damping are None where no manifest tells them.
+
+    Attributes:
+        name: full module name.
+        out_features: rows.
+        in_features: columns.
+        bits: bits per code.
+        group_size: columns per group, -1 for one group per row.
+        symmetric: whether the zero points are all in the middle, by the configuration.
+        bits_per_weight: codes, scales and stored zero points.
+        loss: relative loss when it was solved.
+        rtn_loss: relative loss of rounding to nearest.
+        damp_ratio_used: damping with which it was solved.
+        notes: what the solver had to say.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    symmetric: bool
+    bits_per_weight: float
+    loss: float | None
+    rtn_loss: float | None
+    damp_ratio_used: float | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectReport:
+    """A checkpoint.
+
+    Attributes:
+        format: name of the format, `dense` where nothing is quantized.
+        architecture: the first entry of `architectures`.
+        bits_per_weight: codes, scales and stored zero points over the quantized weights; None where there are none.
+        num_quantized_weights: weights that codes stand for.
+        num_tensors: stored tensors.
+        tensor_bytes: all stored tensors.
+        quantized_bytes: the tensors of quantized linears, padding and indices included, biases not.
+        layers: one entry per quantized linear, in the order of the model.
+        dense: linears of decoder layers that stay dense, name and reason; the reason is empty where nobody tells.
+        decoder_layers: output error per decoder layer, from the manifest.
+        recipe: name of the recipe, from the manifest; empty where there is none.
+        made_by: version of optgptq that made it; None for foreign checkpoints.
+        warnings: from the manifest.
+    """
+
+    format: str
+    architecture: str
+    bits_per_weight: float | None
+    num_quantized_weights: int
+    num_tensors: int
+    tensor_bytes: int
+    quantized_bytes: int
+    layers: tuple[LayerReport, ...]
+    dense: tuple[Mapping[str, str], ...]
+    decoder_layers: tuple[Mapping[str, Any], ...]
+    recipe: str
+    made_by: str | None
+    warnings: tuple[str, ...]
+
+
+def inspect_checkpoint(folder: CheckpointFolder) -> InspectReport:
+    """Return the report of a dense or quantized checkpoint; headers and JSON are read, weights are not.
+
+    Raises:
+        FormatError: its configuration cannot be understood.
+    """
+    form = detect(folder)
+    manifest = read_manifest(folder.path) or {}
+    layouts = form.read_layouts(folder) if form is not None else ()
+    solved = {entry["name"]: entry for entry in _entries(manifest, "layers") if isinstance(entry.get("name"), str)}
+    layers, stored_bits, quantized_bytes = [], 0, 0
+    for layout in layouts:
+        if layout.bits is None or form is None:
+            continue
+        tensors = _own_tensors(folder, form, layout)
+        layer_bits = _stored_bits(form, layout, tensors)
+        stored_bits += layer_bits
+        quantized_bytes += sum(tensor.num_bytes for tensor in tensors)
+        layers.append(_layer(layout, layout.bits, layer_bits, solved.get(layout.name, {})))
+    num_weights = sum(layer.out_features * layer.in_features for layer in layers)
+    return InspectReport(
+        format=form.name if form is not None else "dense",
+        architecture=_architecture(folder),
+        bits_per_weight=stored_bits / num_weights if num_weights else None,
+        num_quantized_weights=num_weights,
+        num_tensors=len(folder.tensors),
+        tensor_bytes=sum(tensor.num_bytes for tensor in folder.tensors.values()),
+        quantized_bytes=quantized_bytes,
+        layers=tuple(sorted(layers, key=lambda layer: _natural(layer.name))),
+        dense=_dense(layouts, manifest),
+        decoder_layers=tuple(_entries(manifest, "decoder_layers")),
+        recipe=_recipe_name(manifest),
+        made_by=_text(manifest.get("optgptq")),
+        warnings=tuple(str(warning) for warning in manifest.get("warnings") or ()),
+    )
+
+
+def _own_tensors(folder: CheckpointFolder, form: CheckpointFormat, layout: LinearLayout) -> list[TensorInfo]:
+    names = [f"{layout.name}.{suffix}" for suffix in form.suffixes]
+    return [folder.tensors[name] for name in names if name in folder.tensors]
+
+
+def _stored_bits(form: CheckpointFormat, layout: LinearLayout, tensors: list[TensorInfo]) -> int:
+    """Return the bits of codes, scales and stored zero points, without the padding of words."""
+    assert layout.bits is not None
+    # Scales are the only floating-point tensors of a quantized linear, whatever the format calls them.
+    scales = [tensor for tensor in tensors if tensor.torch_dtype.is_floating_point]
+    bits = layout.out_features * layout.in_features * layout.bits + sum(tensor.num_bytes * 8 for tensor in scales)
+    if form.stores_symmetric_zero_points or not layout.symmetric:
+        num_scales = sum(tensor.num_bytes // tensor.torch_dtype.itemsize for tensor in scales)
+        bits += num_scales * layout.bits
+    return bits
+
+
+def _layer(layout: LinearLayout, bits: int, stored_bits: int, solved: Mapping[str, Any]) -> LayerReport:
+    return LayerReport(
+        name=layout.name,
+        out_features=layout.out_features,
+        in_features=layout.in_features,
+        bits=bits,
+        group_size=layout.group_size,
+        symmetric=layout.symmetric,
+        bits_per_weight=stored_bits / (layout.out_features * layout.in_features),
+        loss=_number(solved.get("loss")),
+        rtn_loss=_number(solved.get("rtn_loss")),
+        damp_ratio_used=_number(solved.get("damp_ratio_used")),
+        notes=tuple(str(note) for note in solved.get("notes") or ()),
+    )
+
+
+def _dense(layouts: tuple[LinearLayout, ...], manifest: Mapping[str, Any]) -> tuple[Mapping[str, str], ...]:
+    reasons = {str(entry.get("name")): str(entry.get("reason") or "") for entry in _entries(manifest, "dense")}
+    for layout in layouts:
+        if layout.bits is None:
+            reasons.setdefault(layout.name, layout.dense_reason or "")
+    return tuple({"name": name, "reason": reasons[name]} for name in sorted(reasons, key=_natural))
+
+
+def _entries(manifest: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """Return a list of objects of the manifest; what is not an object is left out: anybody can edit that file."""
+    entries = manifest.get(key)
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _architecture(folder: CheckpointFolder) -> str:
+    architectures = folder.config.get("architectures")
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+
+
+def _recipe_name(manifest: Mapping[str, Any]) -> str:
+    recipe = manifest.get("recipe")
+    return str(recipe.get("name", "")) if isinstance(recipe, dict) else ""
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _natural(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Return a sort key that puts decoder layer 2 before decoder layer 10."""
+    return tuple((not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split("."))

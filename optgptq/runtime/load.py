@@ -1,0 +1,126 @@
+"""From a checkpoint folder, dense or quantized, to a model that runs. Formats are decoded by our own readers."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from optgptq.affine_weight import AffineWeight
+from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.errors import FormatError
+from optgptq.formats import CheckpointFormat, detect
+from optgptq.kernels import AffineMatmul, choose_affine_matmul
+from optgptq.layout import LinearLayout
+from optgptq.models.checks import read_weight
+from optgptq.models.decoder import Decoder, load_decoder
+from optgptq.models.inventory import LinearInfo, model_linears
+from optgptq.models.linear import Linear, LinearLike
+from optgptq.models.registry import model_spec
+from optgptq.runtime.linear import QuantLinear
+
+logger = logging.getLogger(__name__)
+
+HeldWeights = Literal["dense", "quantized"]
+
+
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    weights: HeldWeights = "dense",
+    kernel: AffineMatmul | None = None,
+) -> Decoder:
+    """Read a dense, GPTQ or compressed-tensors checkpoint.
+
+    Args:
+        path: the folder.
+        dtype: dtype of activations and dense weights.
+        device: where everything is put.
+        weights: `dense` decodes quantized linears once, which is the fastest for long inputs; `quantized` keeps codes
+            in memory and multiplies with a kernel. Dense checkpoints are the same in both.
+        kernel: takes the place of the kernel that would be chosen; for tests.
+
+    Raises:
+        ModelError, FormatError: the checkpoint is damaged, or its model or layout is not implemented.
+    """
+    folder = CheckpointFolder.open(path)
+    form = detect(folder)
+    if form is None:
+        return load_decoder(folder, dtype=dtype, device=device)
+    layouts = {layout.name: layout for layout in form.read_layouts(folder) if layout.bits is not None}
+    linears = {linear.name: linear for linear in model_linears(model_spec(folder))}
+    _require_known(folder, layouts, linears)
+    if weights == "quantized" and kernel is None:
+        choice = choose_affine_matmul(torch.device(device), dtype)
+        logger.info("%s kernel for quantized linears: %s", choice.name, choice.reason)
+        kernel = choice.call
+
+    def supply(name: str) -> LinearLike | None:
+        if name not in layouts:
+            return None
+        weight = _decode(folder, form, layouts[name], linears[name])
+        bias_O = _read_bias(folder, linears[name], dtype=dtype, device=device)
+        if weights == "dense":
+            return Linear(weight.dequantize(dtype).to(device), bias_O)
+        assert kernel is not None
+        return QuantLinear(weight=_to_device(weight, device), bias_O=bias_O, kernel=kernel)
+
+    return load_decoder(folder, dtype=dtype, device=device, supply_linear=supply, supplied=tuple(layouts))
+
+
+def _require_known(folder: CheckpointFolder, layouts: dict[str, LinearLayout], linears: dict[str, LinearInfo]) -> None:
+    unknown = sorted(layouts.keys() - linears.keys())
+    if unknown:
+        raise FormatError(
+            f"{folder.path}: {unknown[0]}",
+            expected="quantized linears inside decoder layers only",
+            found=f"a quantized module that the model does not list among them ({len(unknown)} in all)",
+            action="Use a checkpoint whose embedding and head are dense.",
+        )
+
+
+def _decode(folder: CheckpointFolder, form: CheckpointFormat, layout: LinearLayout, linear: LinearInfo) -> AffineWeight:
+    weight = form.decode(folder, layout)
+    where = f"{folder.path}: {layout.name}"
+    if (weight.out_features, weight.in_features) != (linear.out_features, linear.in_features):
+        raise FormatError(
+            where,
+            expected=f"shape {[linear.out_features, linear.in_features]}",
+            found=f"{[weight.out_features, weight.in_features]}",
+            action="Check that the weights belong to config.json.",
+        )
+    bad = int((~torch.isfinite(weight.scale_OG)).sum())
+    if bad:
+        raise FormatError(
+            f"{where}, scales",
+            expected="finite values",
+            found=f"{bad} that are NaN or infinite",
+            action="Quantize the model again; `optgptq verify` lists all problems of a checkpoint.",
+        )
+    return weight
+
+
+def _read_bias(
+    folder: CheckpointFolder, linear: LinearInfo, *, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor | None:
+    name = f"{linear.name}.bias"
+    # Some writers add a bias of zeros to every quantized linear, so the file decides and not the model's config.
+    if name not in folder.tensors and not linear.has_bias:
+        return None
+    return read_weight(folder, name, (linear.out_features,), dtype=dtype, device=device)
+
+
+def _to_device(weight: AffineWeight, device: torch.device | str) -> AffineWeight:
+    index_I = weight.group_index_I
+    return dataclasses.replace(
+        weight,
+        codes_OI=weight.codes_OI.to(device),
+        scale_OG=weight.scale_OG.to(device),
+        zero_point_OG=weight.zero_point_OG.to(device),
+        group_index_I=None if index_I is None else index_I.to(device),
+    )
