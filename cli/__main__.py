@@ -1,5 +1,5 @@
 """`python -m optgptq_cli` is the same as `optgptq`."""
 
-from optgptq_cli.main import run
+from .main import run
 
 run()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from optgptq_cli.display import plain_log
-from optgptq_cli.options import JsonOption, ModelArgument, OverwriteOption, QuietOption, RevisionOption
-from optgptq_cli.output import write_json, write_result
+from .display import plain_log
+from .options import JsonOption, ModelArgument, OverwriteOption, QuietOption, RevisionOption
+from .output import write_json, write_note, write_result
 
 
 def convert(
@@ -27,7 +28,13 @@ def convert(
 
     with plain_log(quiet=quiet):
         result = convert_checkpoint(resolve_model(model, revision), output, to=to, overwrite=overwrite)
+    if not as_json:
+        for warning in result.warnings:
+            write_note(f"warning: {warning}")
     if as_json:
-        write_json({"output": str(result.output), "format": to})
+        write_json({**dataclasses.asdict(result), "output": str(result.output)})
     elif not quiet:
-        write_result(f"{output}: {to}")
+        write_result(
+            f"{result.output}: {result.num_quantized} linears from {result.source_format} to {result.format}, "
+            "decoded weights bit-equal"
+        )

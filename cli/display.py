@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from optgptq_cli.output import human_bytes, human_seconds, write_note
-from optgptq_cli.progress import JobProgress
+from .output import human_bytes, human_seconds, write_note
+from .progress import JobProgress
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

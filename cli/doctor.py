@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optgptq_cli.options import JsonOption, QuietOption
-from optgptq_cli.output import human_bytes, table, write_json, write_result
+from .options import JsonOption, QuietOption
+from .output import human_bytes, table, write_json, write_result
 
 if TYPE_CHECKING:
     from optgptq.reports.doctor import DoctorReport

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optgptq_cli.display import plain_log, step_display
-from optgptq_cli.options import DeviceOption, JsonOption, ModelArgument, QuietOption, RevisionOption
-from optgptq_cli.output import human_seconds, table, write_json, write_note, write_result
+from .display import plain_log, step_display
+from .options import DeviceOption, JsonOption, ModelArgument, QuietOption, RevisionOption
+from .output import human_seconds, table, write_json, write_note, write_result
 
 if TYPE_CHECKING:
     from optgptq.evaluation.gates import GateOutcome

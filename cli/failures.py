@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from optgptq_cli.output import write_note
+from .output import write_note
 
 if TYPE_CHECKING:
     from optgptq.errors import OptGPTQError

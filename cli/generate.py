@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optgptq_cli.display import plain_log
-from optgptq_cli.options import DeviceOption, JsonOption, ModelArgument, QuietOption, RevisionOption
-from optgptq_cli.output import write_json, write_result
+from .display import plain_log
+from .options import DeviceOption, JsonOption, ModelArgument, QuietOption, RevisionOption
+from .output import write_json, write_result
 
 if TYPE_CHECKING:
     from optgptq.data.tokenizer import Tokenizer

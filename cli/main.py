@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from optgptq_cli import convert, doctor, evaluate, generate, quantize, recipes, show
-from optgptq_cli.failures import Failure, failure_of, report, usage_failure
-from optgptq_cli.interrupts import stop_on_request
-from optgptq_cli.output import write_result
+from . import convert, doctor, evaluate, generate, quantize, recipes, show
+from .failures import Failure, failure_of, report, usage_failure
+from .interrupts import stop_on_request
+from .output import write_result
 
 app = typer.Typer(
     name="optgptq",
@@ -57,13 +57,15 @@ def main(arguments: Sequence[str]) -> int:
     error: BaseException
     try:
         with stop_on_request():
-            status = app(args=list(arguments), standalone_mode=False)
+            status = app(args=list(arguments), prog_name="optgptq", standalone_mode=False)
         if status != _TYPER_INTERRUPTED:
             return status if isinstance(status, int) else 0
         error = KeyboardInterrupt()
     except (Exception, KeyboardInterrupt) as raised:  # noqa: BLE001 - the border of the program
         error = raised
     failure = _usage_or_other(error)
+    if not failure.found:
+        return failure.exit_code  # no arguments at all: typer has printed the help already
     report(error, failure, as_json=as_json)
     return failure.exit_code
 
@@ -77,4 +79,7 @@ def _usage_or_other(error: BaseException) -> Failure:
 
 def run() -> None:
     """Entry of the `optgptq` script."""
+    from optgptq.environment import prefer_passive_waiting
+
+    prefer_passive_waiting()
     sys.exit(main(sys.argv[1:]))

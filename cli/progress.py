@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from optgptq_cli.output import human_bytes, human_seconds
+from .output import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from optgptq.reports.events import DecoderLayerFinished, LinearFinished, ProgressEvent

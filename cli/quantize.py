@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optgptq_cli.display import job_display
-from optgptq_cli.options import DeviceOption, JsonOption, ModelArgument, OverwriteOption, QuietOption, RevisionOption
-from optgptq_cli.output import human_bytes, human_seconds, table, write_json, write_result
+from .display import job_display
+from .options import DeviceOption, JsonOption, ModelArgument, OverwriteOption, QuietOption, RevisionOption
+from .output import human_bytes, human_seconds, table, write_json, write_result
 
 if TYPE_CHECKING:
     from optgptq.quantize import QuantizeResult
@@ -39,7 +39,8 @@ def quantize(  # noqa: PLR0913 - the parameters of a command are its options
     from optgptq.checkpoint.hub import resolve_model
     from optgptq.quantize import quantize as quantize_model
     from optgptq.recipe.loading import load_recipe
-    from optgptq_cli.record import require_writable, write_record
+
+    from .record import require_writable, write_record
 
     if record is not None:
         require_writable(record)

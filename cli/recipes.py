@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optgptq_cli.options import JsonOption, QuietOption
-from optgptq_cli.output import table, write_json, write_result
+from .options import JsonOption, QuietOption
+from .output import table, write_json, write_result
 
 if TYPE_CHECKING:
     from optgptq.recipe import Recipe

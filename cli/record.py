@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optgptq_cli.output import finite
+from .output import finite
 
 if TYPE_CHECKING:
     from optgptq.quantize import QuantizeResult

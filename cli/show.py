@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from optgptq_cli.display import plain_log
-from optgptq_cli.options import JsonOption, ModelArgument, QuietOption, RevisionOption
-from optgptq_cli.output import human_bytes, table, write_json, write_result
+from .display import plain_log
+from .options import JsonOption, ModelArgument, QuietOption, RevisionOption
+from .output import human_bytes, table, write_json, write_result
 
 if TYPE_CHECKING:
     from optgptq.formats.verify import VerifyReport

@@ -47,12 +47,18 @@ class AffineWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight `[O, I]`. The product is taken in float32, then cast: this is the truth for all kernels."""
+        scale_OG = self.scale_OG.to(torch.float32)
+        if self.group_index_I is None and self.in_features == self.num_groups * self.group_size:
+            # [O, I] as [O, G, columns of a group]: no scale is gathered for each single column.
+            codes_OGL = self.codes_OI.reshape(self.out_features, self.num_groups, -1)
+            steps_OGL = codes_OGL.to(torch.int32) - self.zero_point_OG[:, :, None]
+            return steps_OGL.to(torch.float32).mul_(scale_OG[:, :, None]).reshape(self.codes_OI.shape).to(dtype)
         index_I = self.group_index_I
         if index_I is None:
             index_I = torch.arange(self.in_features, device=self.codes_OI.device) // self.group_size
         index_I = index_I.long()
-        offset_OI = self.codes_OI.to(torch.int32) - self.zero_point_OG[:, index_I]
-        return (offset_OI.to(torch.float32) * self.scale_OG.to(torch.float32)[:, index_I]).to(dtype)
+        steps_OI = self.codes_OI.to(torch.int32) - self.zero_point_OG[:, index_I]
+        return steps_OI.to(torch.float32).mul_(scale_OG[:, index_I]).to(dtype)
 
     def with_scale_dtype(self, dtype: torch.dtype) -> AffineWeight:
         """Return the same weight with its scales in another dtype, which must hold them exactly."""

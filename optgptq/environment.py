@@ -57,3 +57,12 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
         no_color=variables.get("NO_COLOR", "") != "",
         continuous_integration=variables.get("CI", "").strip().lower() not in FALSE_WORDS,
     )
+
+
+def prefer_passive_waiting() -> None:
+    """Let threads that wait for each other sleep instead of spin, unless the user has chosen; before torch is loaded.
+
+    With two threads on two cores that something else uses too, spinning made a job four times as long
+    (docs/log.md, 2026-11-22); on an idle machine sleeping costs little.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -106,7 +106,7 @@ class GateError(OptGPTQError):
     exit_code = ExitCode.GATE
 
 
-class Interrupted(OptGPTQError):
+class Interrupted(OptGPTQError):  # noqa: N818 - a request, not a fault
     """Stopped on request; nothing half-written is left."""
 
     exit_code = ExitCode.INTERRUPTED

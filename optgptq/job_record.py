@@ -1,10 +1,11 @@
-"""What a job did, collected while it runs: the content of the manifest, and the timings that the manifest must not hold."""
+"""What a job did, collected while it runs: what the manifest holds, and the timings that it must not hold."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from optgptq.affine_weight import AffineWeight
 from optgptq.calibration.layer import SolvedLinear
 from optgptq.plan import LinearPlan
 
@@ -36,14 +37,14 @@ class JobRecord:
         """Codes, scales and stored zero points over the quantized weights."""
         return self._stored_bits / self._num_weights if self._num_weights else 0.0
 
-    def add_linear(self, solved: SolvedLinear) -> None:
-        """Add a linear; notes of its solver become warnings."""
+    def add_linear(self, solved: SolvedLinear, stored: AffineWeight | None) -> None:
+        """Add a linear and its weight with the scales that are stored; notes of its solver become warnings."""
         layout, solution = solved.plan.layout, solved.solution
-        if solution is None:
+        if solution is None or stored is None:
             self.dense.append({"name": layout.name, "reason": layout.dense_reason})
             return
-        stored = self.zero_points_stored or not layout.symmetric
-        self._stored_bits += solution.weight.stored_bits(zero_points_stored=stored)
+        zero_points_stored = self.zero_points_stored or not layout.symmetric
+        self._stored_bits += stored.stored_bits(zero_points_stored=zero_points_stored)
         self._num_weights += layout.out_features * layout.in_features
         self.timings[layout.name] = solution.seconds
         self.layers.append(

@@ -10,7 +10,7 @@ from optgptq.errors import RecipeError
 from optgptq.formats.base import CheckpointFormat
 from optgptq.grids.settings import GridSettings
 from optgptq.layout import LinearLayout
-from optgptq.models.inventory import LinearInfo, model_linears
+from optgptq.models.inventory import LinearInfo, model_linears, outer_linears
 from optgptq.models.spec import DecoderSpec
 from optgptq.recipe.records import Recipe
 from optgptq.recipe.rules import ResolvedWeight, check_rules, resolve_weight
@@ -57,6 +57,22 @@ def plan_linears(spec: DecoderSpec, recipe: Recipe, form: CheckpointFormat) -> t
     return plans
 
 
+def outer_layouts(spec: DecoderSpec) -> tuple[LinearLayout, ...]:
+    """Return the linears outside the decoder layers, which stay dense; formats must name them to their readers."""
+    return tuple(
+        LinearLayout(
+            name=name,
+            out_features=out_features,
+            in_features=in_features,
+            bits=None,
+            fused_names=(name,),
+            fused_name=name,
+            dense_reason="outside the decoder layers",
+        )
+        for name, (out_features, in_features) in outer_linears(spec).items()
+    )
+
+
 def _plan(linear: LinearInfo, settings: ResolvedWeight, recipe: Recipe, form: CheckpointFormat) -> LinearPlan:
     dense = settings.keep_dense
     layout = LinearLayout(
@@ -95,7 +111,9 @@ def _check_groups(plans: Sequence[LinearPlan]) -> None:
     first = wrong[0]
     common = math.gcd(*(plan.info.in_features for plan in plans if plan.grid is not None))
     fitting = [size for size in (1024, 512, 256, 128, 64, 32, 16) if common % size == 0]
-    advice = f"Set weights.group_size={fitting[0]}, which divides every linear" if fitting else "Use -1 (one group a row)"
+    advice = (
+        f"Set weights.group_size={fitting[0]}, which divides every linear" if fitting else "Use -1 (one group a row)"
+    )
     raise RecipeError(
         f"weights.group_size for {first.info.name}",
         expected=f"a divisor of its {first.info.in_features} input columns",
@@ -112,7 +130,7 @@ def _check_fused(plans: Sequence[LinearPlan]) -> None:
             if mine != other:
                 raise RecipeError(
                     f"weights.rules: {plan.info.name} and {name}",
-                    expected=f"the same bits, group_size and symmetry, since engines load both as {plan.info.fused_name}",
+                    expected=f"the same bits, group_size and symmetry, as engines load both as {plan.info.fused_name}",
                     found=f"{mine} and {other}",
                     action=f"Let the pattern match all of {', '.join(plan.info.fused_names)}, or none.",
                 )

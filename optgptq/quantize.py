@@ -28,7 +28,7 @@ from optgptq.models.attention import attention_context
 from optgptq.models.checks import check_inventory
 from optgptq.models.loading import load_embedding, load_layer
 from optgptq.models.registry import model_spec
-from optgptq.plan import LinearPlan, plan_linears
+from optgptq.plan import outer_layouts, plan_linears
 from optgptq.recipe.loading import recipe_for_record
 from optgptq.recipe.records import Recipe
 from optgptq.reports import events
@@ -108,11 +108,14 @@ class _Job:
         self.spec = model_spec(source)
         check_inventory(source, self.spec)
         self.plans = plan_linears(self.spec, recipe, self.form)
-        self.layouts = [plan.layout for plan in self.plans]
+        self.layouts = [*(plan.layout for plan in self.plans), *outer_layouts(self.spec)]
         weight_dtype = source.info(f"{self.plans[0].info.name}.weight").torch_dtype
         self.dtype = compute_dtype(weight_dtype, self.device, wanted=recipe.calibration.compute_dtype)
         self.scale_dtype = self.form.scale_dtype(weight_dtype)
         self.record = JobRecord(zero_points_stored=self.form.stores_symmetric_zero_points)
+        self.record.dense += [
+            {"name": layout.name, "reason": layout.dense_reason} for layout in outer_layouts(self.spec)
+        ]
         self.windows: Windows | None = None
 
     @torch.no_grad()
@@ -212,9 +215,11 @@ class _Job:
 
     def _write(self, solved: SolvedLinear, writer: ShardWriter, digests: dict[str, str]) -> None:
         layout, solution = solved.plan.layout, solved.solution
-        self.record.add_linear(solved)
-        if solution is not None:
-            weight = solution.weight.with_scale_dtype(self.scale_dtype)
+        # Checkpoints may keep some linears in another dtype than the rest.
+        dense_dtype = self.source.info(f"{layout.name}.weight").torch_dtype
+        weight = None if solution is None else solution.weight.with_scale_dtype(self.form.scale_dtype(dense_dtype))
+        self.record.add_linear(solved, weight)
+        if weight is not None:
             digests[layout.name] = weight_digest(weight)
             for name, tensor in self.form.encode(layout, weight).items():
                 writer.write(name, tensor)

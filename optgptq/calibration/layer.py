@@ -111,9 +111,7 @@ class LayerCalibration:
         device = stream.batches[0].state.hidden_BSM.device
         return InputMoment(plans[0].info.in_features, dtype=self.settings.moment_dtype, device=device)
 
-    def _solve(
-        self, layer: DecoderLayer, plans: Sequence[LinearPlan], moment: InputMoment
-    ) -> Iterator[SolvedLinear]:
+    def _solve(self, layer: DecoderLayer, plans: Sequence[LinearPlan], moment: InputMoment) -> Iterator[SolvedLinear]:
         mean_II = moment.mean()
         remaining = list(plans)
         while remaining:

@@ -5,10 +5,9 @@ Shapes: `B` windows, `S` positions, `T` tokens, `I` input columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
+
+from optgptq.numerics import float32_products
 
 # Only blocks on and above the diagonal are multiplied: with n blocks (n + 1) / 2n of the work.
 _NUM_BLOCKS = 6
@@ -30,7 +29,7 @@ class InputMoment:
     def add(self, inputs: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Add the tokens of `inputs` `[B, S, I]` or `[T, I]`; `valid` (bool, its leading shape) leaves out padding."""
         inputs_TI = inputs[valid] if valid is not None else inputs.reshape(-1, inputs.shape[-1])
-        for chunk_TI in inputs_TI.split(_TOKENS_PER_CHUNK):
+        for chunk_TI in torch.split(inputs_TI, _TOKENS_PER_CHUNK):
             self._add_chunk(chunk_TI)
         self.num_tokens += inputs_TI.shape[0]
 
@@ -54,23 +53,7 @@ class InputMoment:
         values_TI = chunk_TI.to(self.sum_II.dtype)
         num_columns = values_TI.shape[1]
         block = max(_SMALLEST_BLOCK, -(-num_columns // _NUM_BLOCKS))
-        with _bfloat16_products(enabled=exact_in_bfloat16):
+        with float32_products(on_bfloat16_units=exact_in_bfloat16):
             for begin in range(0, num_columns, block):
                 rows_TC = values_TI[:, begin : begin + block]
                 self.sum_II[begin : begin + block, begin:].addmm_(rows_TC.T, values_TI[:, begin:])
-
-
-@contextmanager
-def _bfloat16_products(*, enabled: bool) -> Iterator[None]:
-    """Let float32 products on the CPU run on bfloat16 units; float32 products elsewhere must not use TF32.
-
-    This is a setting of torch for the whole process: it is put back before anything else is computed.
-    """
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
-    before = cpu.fp32_precision, cuda.fp32_precision
-    cpu.fp32_precision = "bf16" if enabled else "ieee"
-    cuda.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        cpu.fp32_precision, cuda.fp32_precision = before

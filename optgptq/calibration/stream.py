@@ -70,7 +70,7 @@ class ActivationStream:
             inputs_BSI = layer.stage_input(stage, batch.state, self.context)
             moment.add(inputs_BSI, batch.valid_BS)
             if not moment.is_finite():
-                raise _not_finite(inputs_BSI, batch, reads)
+                raise _not_finite(inputs_BSI, batch, reads, dtype=moment.sum_II.dtype)
             if keep and self.kept_bytes + inputs_BSI.nbytes <= KEPT_BYTES:
                 self.kept_bytes += inputs_BSI.nbytes
                 batch.kept_input_BSI = inputs_BSI
@@ -92,7 +92,7 @@ class ActivationStream:
                 inputs_BSI = layer.stage_input(stage, state, self.context)
                 moment.add(inputs_BSI, batch.valid_BS)
                 if not moment.is_finite():
-                    raise _not_finite(inputs_BSI, batch, reads[stage])
+                    raise _not_finite(inputs_BSI, batch, reads[stage], dtype=moment.sum_II.dtype)
                 state = layer.advance(stage, state, self.context, stage_input_BSI=inputs_BSI)
 
 
@@ -136,9 +136,9 @@ def _hidden_by_window(batches: Sequence[Batch]) -> list[tuple[torch.Tensor, torc
     ]
 
 
-def _not_finite(inputs_BSI: torch.Tensor, batch: Batch, reads: str) -> NumericalError:
-    # Float32 squares overflow before the values do.
-    bad_BS = ~torch.isfinite(inputs_BSI.float().square()).all(dim=-1)
+def _not_finite(inputs_BSI: torch.Tensor, batch: Batch, reads: str, *, dtype: torch.dtype) -> NumericalError:
+    # Squares overflow before the values do, in the dtype of the sum.
+    bad_BS = ~torch.isfinite(inputs_BSI.to(dtype).square()).all(dim=-1)
     if batch.valid_BS is not None:
         bad_BS &= batch.valid_BS
     bad_B = bad_BS.any(dim=1).nonzero().flatten().tolist()
@@ -146,6 +146,6 @@ def _not_finite(inputs_BSI: torch.Tensor, batch: Batch, reads: str) -> Numerical
     return NumericalError(
         f"input of {reads}, calibration window {window}",
         expected="finite activations",
-        found="NaN, infinity or a square beyond float32",
+        found=f"NaN, infinity or a square beyond {str(dtype).removeprefix('torch.')}",
         action="Check the model's weights with `optgptq verify`; calibration.compute_dtype=float32 avoids overflow.",
     )

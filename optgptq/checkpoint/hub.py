@@ -28,7 +28,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         UsageError: a revision for something that is not on the hub.
         ModelError: no such folder, no such hub model, no access, or no connection.
     """
-    if name.startswith(_BUNDLED) or Path(name).expanduser().exists():
+    if name.startswith(_BUNDLED) or (name and Path(name).exists()):
         if revision is not None:
             raise UsageError(
                 "--revision",
@@ -36,7 +36,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
                 found=f"{name}, which is on this machine",
                 action="Leave --revision out.",
             )
-        return bundled_path(name) if name.startswith(_BUNDLED) else Path(name).expanduser()
+        return bundled_path(name) if name.startswith(_BUNDLED) else Path(name)
     if not _HUB_ID.fullmatch(name) or ".." in name:
         raise ModelError(
             name,

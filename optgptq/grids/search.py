@@ -5,7 +5,7 @@ whole difference between the searches:
 
     minmax   no search: the range is that of the weights
     mse      every column the same
-    pivot    column j by P_jj^2, what the walk of GPTQ pays for an error that later columns compensate as far as they can
+    pivot    column j by P_jj^2, what GPTQ pays for an error that later columns compensate as far as they can
     hessian  the whole block P P^T of the group: also how errors of its columns meet
     walk     as pivot, but the walk of GPTQ is tried with the best few and decides (`optgptq.solvers.gptq`)
 
@@ -18,7 +18,6 @@ Shapes: `L` columns of a group, `O` rows. Arithmetic is in the dtype of the weig
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +68,6 @@ class _Search:
         self.price = price
         self.grid = grid
         self.error_LO = torch.empty_like(self.columns_LO)
-        self.code_LO = torch.empty_like(self.columns_LO)
         low_O, high_O = self.columns_LO.amin(dim=0), self.columns_LO.amax(dim=0)
         self.low_O = low_O if grid.symmetric else low_O.clamp(max=0)
         self.high_O = high_O if grid.symmetric else high_O.clamp(min=0)
@@ -83,15 +81,14 @@ class _Search:
         smallest = _SMALLEST_SHARE[self.grid.bits]
         spacing = (1 - smallest) / (_COARSE_STEPS - 1)
         for step in range(_COARSE_STEPS):
-            for candidate in self._shrunk_ranges(1 - step * spacing):
-                self._try(*candidate)
+            self._try(*self._shrunk_range(1 - step * spacing))
         coarse_scale_KO, coarse_zero_point_KO = self._cheapest(1)
         shifts = (0,) if self.grid.symmetric else (0, -1, 1)
         for step in range(-_FINE_STEPS, _FINE_STEPS + 1):
             scale_O = storable_scale(coarse_scale_KO[0] * (1 + spacing * step / (_FINE_STEPS + 1)))
-            for shift in shifts:
-                if step or shift:
-                    self._try(scale_O, self._allowed(coarse_zero_point_KO[0] + shift))
+            zero_points = [self._allowed(coarse_zero_point_KO[0] + shift) for shift in shifts if step or shift]
+            if zero_points:
+                self._try(scale_O, zero_points, turned=False)
         return self._cheapest(count)
 
     def _cheapest(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,33 +97,41 @@ class _Search:
         return scales.gather(0, index_KO), zero_points.gather(0, index_KO)
 
     def _full_range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        scale_O, zero_points, _ = self._shrunk_range(1.0)
         if self.grid.symmetric:
-            return next(self._shrunk_ranges(1.0))
-        scale_O = storable_scale((self.high_O - self.low_O) / self.grid.max_code)
+            return scale_O, zero_points[0]
         return scale_O, self._allowed((-self.low_O / scale_O).round())
 
-    def _shrunk_ranges(self, share: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _shrunk_range(self, share: float) -> tuple[torch.Tensor, list[torch.Tensor], bool]:
+        """Return a scale, the zero points to try with it, and whether to try it turned around as well."""
         if self.grid.symmetric:
             largest_O = torch.maximum(-self.low_O, self.high_O)
             scale_O = storable_scale(largest_O * (2 * share / self.grid.max_code))
-            zero_point_O = torch.full_like(scale_O, self.grid.symmetric_zero_point)
-            yield scale_O, zero_point_O
-            yield -scale_O, zero_point_O
-            return
+            return scale_O, [torch.full_like(scale_O, self.grid.symmetric_zero_point)], True
         scale_O = storable_scale((self.high_O - self.low_O) * (share / self.grid.max_code))
         exact_O = -self.low_O * share / scale_O
-        yield scale_O, self._allowed(exact_O.floor())
-        yield scale_O, self._allowed(exact_O.ceil())
+        return scale_O, [self._allowed(exact_O.floor()), self._allowed(exact_O.ceil())], False
 
     def _allowed(self, zero_point_O: torch.Tensor) -> torch.Tensor:
         return zero_point_O.clamp(self.grid.smallest_zero_point, self.grid.max_code)
 
-    def _try(self, scale_O: torch.Tensor, zero_point_O: torch.Tensor) -> None:
-        torch.div(self.columns_LO, scale_O, out=self.error_LO)
-        torch.round(self.error_LO, out=self.code_LO)
-        self.code_LO.clamp_(-zero_point_O, self.grid.max_code - zero_point_O)
-        self.error_LO.sub_(self.code_LO)
-        self.tried.append((self._cost().mul_(scale_O.square()), scale_O, zero_point_O))
+    def _try(self, scale_O: torch.Tensor, zero_points: list[torch.Tensor], turned: bool) -> None:
+        """Price a scale with each of the zero points; `turned` adds the same grids with the scale negative.
+
+        A turned grid has its levels at `scale * (zero_point - code)`: the same rounding, other bounds.
+        """
+        scaled_LO = self.columns_LO / scale_O
+        rounded_LO = scaled_LO.round()
+        squared_scale_O = scale_O.square()
+        max_code = self.grid.max_code
+        for zero_point_O in zero_points:
+            bounds = [(scale_O, -zero_point_O, max_code - zero_point_O)]
+            if turned:
+                bounds.append((-scale_O, zero_point_O - max_code, zero_point_O))
+            for signed_scale_O, lowest_O, highest_O in bounds:
+                torch.clamp(rounded_LO, lowest_O, highest_O, out=self.error_LO)
+                torch.sub(scaled_LO, self.error_LO, out=self.error_LO)
+                self.tried.append((self._cost().mul_(squared_scale_O), signed_scale_O, zero_point_O))
 
     def _cost(self) -> torch.Tensor:
         """Return the price `[O]` of `error_LO`, which is overwritten."""

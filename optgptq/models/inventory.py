@@ -48,6 +48,16 @@ def model_linears(spec: DecoderSpec) -> tuple[LinearInfo, ...]:
     return tuple(linear for index in range(spec.num_layers) for linear in layer_linears(spec, index))
 
 
+def outer_linears(spec: DecoderSpec) -> dict[str, tuple[int, int]]:
+    """Return `(O, I)` by full name of the linears outside the decoder layers: the head and OPT's projections."""
+    linears = {spec.names.head: (spec.vocab_size, spec.embedding_size)}
+    if spec.names.project_in:
+        linears[spec.names.project_in] = (spec.hidden_size, spec.embedding_size)
+    if spec.names.project_out:
+        linears[spec.names.project_out] = (spec.embedding_size, spec.hidden_size)
+    return linears
+
+
 def layer_linears(spec: DecoderSpec, index: int) -> tuple[LinearInfo, ...]:
     """Return the linears of decoder layer `index` in the order of the stages."""
     return tuple(linear for stage in STAGE_NAMES for linear in _stage_linears(spec, index, stage))

@@ -106,13 +106,19 @@ def inspect_checkpoint(folder: CheckpointFolder) -> InspectReport:
         num_tensors=len(folder.tensors),
         tensor_bytes=sum(tensor.num_bytes for tensor in folder.tensors.values()),
         quantized_bytes=quantized_bytes,
-        layers=tuple(sorted(layers, key=lambda layer: _natural(layer.name))),
+        layers=_in_order(layers, list(solved)),
         dense=_dense(layouts, manifest),
         decoder_layers=tuple(_entries(manifest, "decoder_layers")),
         recipe=_recipe_name(manifest),
         made_by=_text(manifest.get("optgptq")),
         warnings=tuple(str(warning) for warning in manifest.get("warnings") or ()),
     )
+
+
+def _in_order(layers: list[LayerReport], solved: list[str]) -> tuple[LayerReport, ...]:
+    """Return the layers in the order they were solved in, by name where no manifest tells."""
+    places = {name: place for place, name in enumerate(solved)}
+    return tuple(sorted(layers, key=lambda layer: (places.get(layer.name, len(places)), _natural(layer.name))))
 
 
 def _own_tensors(folder: CheckpointFolder, form: CheckpointFormat, layout: LinearLayout) -> list[TensorInfo]:

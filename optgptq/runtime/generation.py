@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 # Bounds the cache of one batch; more sequences than fit run one batch after the other.
 _CACHE_BYTES = 1 << 30
-# A fixed number, so that the arithmetic does not depend on the number of cores: 64 rows already use most of a core's
-# speed in a matrix product, and 128 windows of self text then keep two cores busy.
-_SEQUENCES_PER_CPU_BATCH = 64
+# On a CPU: more rows add nothing to the speed of a matrix product, fewer lose half of it to everything around it.
+_LARGEST_CPU_BATCH = 128
+_SMALLEST_CPU_BATCH = 32
 
 
 def generate(
@@ -53,7 +53,7 @@ def generate(
         _warn_of_positions(decoder.spec, max(by_length) + settings.max_tokens)
     batches = []
     for length, indices in sorted(by_length.items()):
-        step = _sequences_per_batch(decoder, length + settings.max_tokens)
+        step = _sequences_per_batch(decoder, len(indices), num_positions=length + settings.max_tokens)
         batches += [indices[begin : begin + step] for begin in range(0, len(indices), step)]
     threads = 1 if decoder.device.type != "cpu" else num_threads or torch.get_num_threads()
     results: list[list[int]] = [[] for _ in prompts]
@@ -99,12 +99,19 @@ def _run(
         torch.set_num_threads(previous)
 
 
-def _sequences_per_batch(decoder: Decoder, num_positions: int) -> int:
-    """Return how many sequences of `num_positions` run together, at least 1."""
+def _sequences_per_batch(decoder: Decoder, count: int, *, num_positions: int) -> int:
+    """Return how many of `count` sequences of `num_positions` run together, at least 1.
+
+    On a CPU they are split evenly over an even number of batches, whatever the number of cores: the arithmetic, and
+    with it the text, must not depend on that number.
+    """
     spec = decoder.spec
     per_position = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * decoder.dtype.itemsize
     fitting = max(_CACHE_BYTES // (per_position * num_positions), 1)
-    return min(fitting, _SEQUENCES_PER_CPU_BATCH) if decoder.device.type == "cpu" else fitting
+    if decoder.device.type != "cpu":
+        return fitting
+    num_batches = 2 * -(-count // (2 * _LARGEST_CPU_BATCH))
+    return min(fitting, max(-(-count // num_batches), _SMALLEST_CPU_BATCH))
 
 
 def _check_prompt(spec: DecoderSpec, prompt: Sequence[int], index: int, *, max_tokens: int) -> None:

@@ -11,7 +11,6 @@ from torch.nn import functional as F  # noqa: N812
 from optgptq.models.attention import causal_attention
 from optgptq.models.spec import DecoderSpec
 
-
 # Memory grows by this many positions. Room for all positions at once would set the sequences of a batch far apart in
 # memory, which halves the speed of reading them (EPYC, 128 sequences of 128 positions with room for 512).
 _GROWTH = 64

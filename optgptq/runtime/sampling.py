@@ -101,5 +101,5 @@ def _invert(probability_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tens
     threshold_B1 = (uniform_B.to(cumulative_BV.device) * cumulative_BV[:, -1])[:, None]
     choice_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
     # Rounding may put the threshold on the total itself: the last token with any probability is meant then.
-    last_B = torch.searchsorted(cumulative_BV, cumulative_BV[:, -1:], right=False).squeeze(1)
+    last_B = torch.searchsorted(cumulative_BV, cumulative_BV[:, -1:].contiguous(), right=False).squeeze(1)
     return torch.minimum(choice_B, last_B)

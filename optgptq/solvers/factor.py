@@ -53,7 +53,8 @@ def factor_moment(
     moment_II = moment_II.to(dtype)
     diagonal_I = moment_II.diagonal()
     dead_I = diagonal_I <= 0
-    mean_diagonal = float(diagonal_I.mean()) if bool((~dead_I).any()) else 1.0
+    # Dead columns do not count: they must not change what becomes of the others.
+    mean_diagonal = float(diagonal_I[~dead_I].mean()) if bool((~dead_I).any()) else 1.0
     alive_II = moment_II.clone()
     alive_II.diagonal()[dead_I] = mean_diagonal
     order_I = column_order(alive_II, order, group_size, damp=damp_ratio * mean_diagonal)
@@ -75,6 +76,7 @@ def reverse_cholesky(moment_II: torch.Tensor, *, damp: float) -> torch.Tensor | 
     """Return upper triangular `P` with `P P^T = moment + damp * 1`, or None where it is not positive definite."""
     flipped_II = moment_II.flip(0, 1)
     flipped_II.diagonal().add_(damp)
+    lower_II: torch.Tensor
     lower_II, failure = torch.linalg.cholesky_ex(flipped_II)
     if int(failure) != 0 or not bool(torch.isfinite(lower_II.diagonal()).all()):
         return None

@@ -108,8 +108,9 @@ class _Rows:
             pending_IO = torch.zeros_like(self.weight_IO)
             walk = ColumnWalk(self.weight_IO, self.upper_II, pending_IO, grids, column_block=self.column_block)
             walk.run()
-            zero_point_IO = self.zero_point_GO[self.group_of_column]
-            self._keep(0, walk.steps_CR, walk.error_CR, self.scale_GO[self.group_of_column], zero_point_IO)
+            scale_IO, zero_point_IO = self.scale_GO[self.group_of_column], self.zero_point_GO[self.group_of_column]
+            self.codes_IO.copy_(walk.steps_CR + zero_point_IO)
+            self._count_clipped(0, walk.weighted_errors(), scale_IO)
             return
         for begin in range(0, self.weight_IO.shape[0], self.group_size):
             self._walk_group(begin)
@@ -147,29 +148,25 @@ class _Rows:
         weight_LR, pending_LR = weight_LO.repeat(1, count), pending_LO.repeat(1, count)
         walk = ColumnWalk(weight_LR, upper_LL, pending_LR, grids, column_block=self.column_block)
         walk.run()
-        best_O = walk.price().view(count, -1).argmin(dim=0)
+        # Errors of earlier columns and of this group together, in units of what they cost.
+        weighted_LKO = walk.weighted_errors().view(self.group_size, count, -1).add_(pending_LO[:, None])
+        best_O = weighted_LKO.square().sum(dim=0).argmin(dim=0)
         group = self.group_of_column[begin]
         self.scale_GO[group] = _of_candidate(scale_KO, best_O)
         self.zero_point_GO[group] = _of_candidate(zero_point_KO, best_O)
+        self.error_IO[begin:end] = _of_candidate(walk.error_CR.view(self.group_size, count, -1), best_O)
         steps_LO = _of_candidate(walk.steps_CR.view(self.group_size, count, -1), best_O)
-        error_LO = _of_candidate(walk.error_CR.view(self.group_size, count, -1), best_O)
-        self._keep(begin, steps_LO, error_LO, self.scale_GO[group], self.zero_point_GO[group])
+        self.codes_IO[begin:end] = steps_LO + self.zero_point_GO[group]
+        self._count_clipped(begin, _of_candidate(weighted_LKO, best_O), self.scale_GO[group])
 
-    def _keep(
-        self,
-        begin: int,
-        steps_CO: torch.Tensor,
-        error_CO: torch.Tensor,
-        scale: torch.Tensor,
-        zero_point: torch.Tensor,
-    ) -> None:
-        """Store the outcome of the columns from `begin` on; scale and zero point are `[O]` or `[C, O]`."""
-        end = begin + steps_CO.shape[0]
-        self.codes_IO[begin:end] = steps_CO + zero_point
-        self.error_IO[begin:end] = error_CO
-        pivots_C1 = self.upper_II.diagonal()[begin:end, None]
-        # Where column j stood when it was rounded, seen from its level: sum_{i<=j} D_i P_ij / P_jj.
-        distance_CO = (self.upper_II[:end, begin:end].T @ self.error_IO[:end]).div_(pivots_C1)
+    def _count_clipped(self, begin: int, weighted_CO: torch.Tensor, scale: torch.Tensor) -> None:
+        """Count weights more than half a step from their level when they were rounded.
+
+        `weighted_CO` is `sum_{i<=j} D_i P_ij`; over `P_jj` it is how far column `j` stood from its level. `scale` is
+        `[O]` or `[C, O]`.
+        """
+        end = begin + weighted_CO.shape[0]
+        distance_CO = weighted_CO / self.upper_II.diagonal()[begin:end, None]
         self.clipped_O += (distance_CO.abs_() > scale.abs() * _HALF_STEP).sum(dim=0)
 
 

@@ -71,9 +71,9 @@ class ColumnWalk:
         """Round all columns."""
         self._run(0, self.weight_CR.shape[0])
 
-    def price(self) -> torch.Tensor:
-        """Return `[R]`, what the errors cost once later columns have compensated them: the sum of `(D P)^2`."""
-        return (self.upper_CC.T @ self.error_CR).square_().sum(dim=0)
+    def weighted_errors(self) -> torch.Tensor:
+        """Return `D P` of this range, `[C, R]`: errors in units of their cost once later columns compensate them."""
+        return self.upper_CC.T @ self.error_CR
 
     def _run(self, begin: int, end: int) -> None:
         if end - begin <= self.column_block:
@@ -92,9 +92,7 @@ class ColumnWalk:
             weight_R = self.weight_CR[column]
             current_R = torch.add(weight_R, self.pending_CR[column], alpha=self._inverse_pivots[column])
             current_R.div_(scale_R).round_()
-            steps_R = torch.clamp(
-                current_R, self._lowest_GR[grid], self._highest_GR[grid], out=self.steps_CR[column]
-            )
+            steps_R = torch.clamp(current_R, self._lowest_GR[grid], self._highest_GR[grid], out=self.steps_CR[column])
             error_R = torch.addcmul(weight_R, steps_R, scale_R, value=-1, out=self.error_CR[column])
             if column + 1 < end:
                 self.pending_CR[column + 1 : end].addr_(self.upper_CC[column, column + 1 : end], error_R)

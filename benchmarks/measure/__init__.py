@@ -1,0 +1,1 @@
+"""What the benchmarks share: tools and cases, measured processes, one evaluator, reports."""

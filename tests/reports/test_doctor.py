@@ -1,0 +1,57 @@
+"""The machine as the toolkit sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import optgptq
+from optgptq.reports import memory
+from optgptq.reports.doctor import examine
+
+
+def test_the_report_says_what_this_process_has(tmp_path):
+    report = examine(tmp_path)
+    assert report.versions["optgptq"] == optgptq.__version__
+    assert report.versions["torch"] == torch.__version__
+    assert report.threads == torch.get_num_threads()
+    assert report.cores >= 1
+    assert report.free_disk_bytes > 0
+    assert report.devices["cpu"]
+    first = report.kernels[0]
+    assert (first.operation, first.device, first.name) == ("affine_matmul", "cpu", "reference")
+
+
+def test_offline_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert examine(tmp_path).offline
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    assert not examine(tmp_path).offline
+
+
+def test_peak_memory_grows_with_what_is_touched():
+    before = memory.peak_memory_bytes()
+    held = torch.ones(40_000_000)
+    assert memory.peak_memory_bytes() > before
+    resident = memory.resident_memory_bytes()
+    assert resident is None or resident >= held.numel() * 4
+    assert memory.total_memory_bytes() >= memory.peak_memory_bytes()
+
+
+def test_available_memory_is_bounded_by_the_control_group(monkeypatch):
+    values = {"memory.max": 1000, "memory.current": 400}
+    monkeypatch.setattr(memory, "_control_group_bytes", values.get)
+    assert memory.available_memory_bytes() == 600
+    monkeypatch.setattr(memory, "_proc_bytes", lambda path, field: None)
+    assert memory.available_memory_bytes() == 600
+    values.clear()
+    assert memory.available_memory_bytes() is None
+
+
+def test_a_field_that_is_missing_is_none(tmp_path):
+    assert memory._proc_bytes(Path(tmp_path / "none"), "VmHWM") is None
+    (tmp_path / "status").write_text("Name: x\nVmHWM:   12 kB\n")
+    assert memory._proc_bytes(tmp_path / "status", "VmHWM") == 12 * 1024
+    assert memory._proc_bytes(tmp_path / "status", "VmRSS") is None
