@@ -41,6 +41,8 @@ def solve(problem: LayerProblem) -> LayerSolution:
     weight_OI = problem.weight_OI.to(settings.dtype)
     num_rows, num_columns = weight_OI.shape
     group_size = num_columns if grid.group_size == -1 else grid.group_size
+    if settings.order in ("activation", "min_pivot") and grid.group_grids == "dynamic" and group_size < num_columns:
+        raise ValueError(f"{settings.order} order scatters groups: it needs static grids")
     factor = factor_moment(
         problem.input_moment_II,
         name=problem.name,
