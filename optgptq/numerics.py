@@ -9,16 +9,11 @@ import torch
 
 
 @contextmanager
-def float32_products(*, on_bfloat16_units: bool) -> Iterator[None]:
-    """Within it, float32 products are exact to float32, or made of operands rounded to bfloat16.
-
-    The second adds up in float32 too and is more than twice as fast where the processor has such units; elsewhere it
-    changes nothing. TF32 is off in both.
-    """
+def exact_float32_products() -> Iterator[None]:
+    """Within it, float32 products use float32 operands, whatever the program around has allowed (TF32, bfloat16)."""
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = cpu.fp32_precision, cuda.fp32_precision
-    cpu.fp32_precision = "bf16" if on_bfloat16_units else "ieee"
-    cuda.fp32_precision = "ieee"
+    cpu.fp32_precision = cuda.fp32_precision = "ieee"
     try:
         yield
     finally:

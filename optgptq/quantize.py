@@ -33,7 +33,7 @@ from optgptq.recipe.loading import recipe_for_record
 from optgptq.recipe.records import Recipe
 from optgptq.reports import events
 from optgptq.reports.events import ProgressListener, ignore_progress
-from optgptq.reports.memory import peak_memory_bytes
+from optgptq.reports.memory import peak_memory_bytes, return_free_memory
 from optgptq.runtime.device import compute_dtype, require_device
 from optgptq.solvers import SolverSettings
 
@@ -135,6 +135,8 @@ class _Job:
             plans = [plan for plan in self.plans if plan.info.layer_index == index]
             for solved in calibration.run(layer, plans):
                 self._write(solved, writer, digests)
+            del layer
+            return_free_memory()
             self._finish_layer(index, calibration.output_error(), time.perf_counter() - layer_started)
         self.progress(events.PhaseStarted(name="writing", detail="dense tensors and side files"))
         copy_dense(self.source, writer, self.layouts)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from optgptq.numerics import float32_products
+from optgptq.numerics import exact_float32_products
 
 # Only blocks on and above the diagonal are multiplied: with n blocks (n + 1) / 2n of the work.
-_NUM_BLOCKS = 6
+_NUM_BLOCKS = 8
 _SMALLEST_BLOCK = 128
 _TOKENS_PER_CHUNK = 8192
 
@@ -18,8 +18,7 @@ _TOKENS_PER_CHUNK = 8192
 class InputMoment:
     """Sum of `x x^T` over tokens.
 
-    The accumulator is float32 or float64 whatever the activations are. Products of bfloat16 activations are exact in
-    float32, so for them the bfloat16 units multiply and float32 adds: the sum is the same, the time less than half.
+    The accumulator is float32 or float64 whatever the activations are, and so are the products.
     """
 
     def __init__(self, in_features: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
@@ -49,11 +48,10 @@ class InputMoment:
         return bool(torch.isfinite(self.sum_II.diagonal()).all())
 
     def _add_chunk(self, chunk_TI: torch.Tensor) -> None:
-        exact_in_bfloat16 = chunk_TI.dtype == torch.bfloat16 and self.sum_II.dtype == torch.float32
         values_TI = chunk_TI.to(self.sum_II.dtype)
         num_columns = values_TI.shape[1]
         block = max(_SMALLEST_BLOCK, -(-num_columns // _NUM_BLOCKS))
-        with float32_products(on_bfloat16_units=exact_in_bfloat16):
+        with exact_float32_products():
             for begin in range(0, num_columns, block):
                 rows_TC = values_TI[:, begin : begin + block]
                 self.sum_II[begin : begin + block, begin:].addmm_(rows_TC.T, values_TI[:, begin:])

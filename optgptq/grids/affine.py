@@ -26,9 +26,23 @@ def storable_scale(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(rounded == 0, tiny, rounded).to(scale.dtype)
 
 
+def round_(values: torch.Tensor) -> torch.Tensor:
+    """Round in place to the nearest integer, halves to even, and return the tensor.
+
+    Adding and taking away 1.5 * 2^23 (2^52 in float64) leaves no room for a fraction. Values beyond 2^22 (2^51) stay
+    near themselves, so that a clamp after it is right for all. torch.round took ten times as long on the CPU.
+    """
+    if values.dtype not in _ROUNDING:
+        return values.round_()
+    return values.add_(_ROUNDING[values.dtype]).sub_(_ROUNDING[values.dtype])
+
+
+_ROUNDING = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
+
+
 def nearest_codes(
     weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, max_code: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the nearest codes (floats, in the grid) and the codes that would be nearest on an endless grid."""
-    endless = torch.div(weight, scale).round_().add_(zero_point)
+    endless = round_(torch.div(weight, scale)).add_(zero_point)
     return endless.clamp(0, max_code), endless

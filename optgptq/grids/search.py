@@ -22,15 +22,16 @@ from dataclasses import dataclass
 
 import torch
 
-from optgptq.grids.affine import storable_scale
+from optgptq.grids.affine import round_, storable_scale
 from optgptq.grids.settings import GridSettings
 
 _COARSE_STEPS = 12
 _FINE_STEPS = 3
 # Smallest share of the full range that is tried: with few levels, more is worth clipping.
 _SMALLEST_SHARE = {2: 0.25, 3: 0.4, 4: 0.5, 8: 0.8}
-# Numbers per tile of rows: a few of them stay in the cache of one core.
-_TILE = 1 << 16
+# Numbers per tile of rows: they stay in the cache of one core, and torch does not share them out to a second one, which
+# costs more than it saves at this size.
+_TILE = 1 << 15
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,91 +54,111 @@ def find_grids(
 
     Rows of zeros get the smallest scale and code every weight as the zero point.
     """
+    if grid.search == "minmax":
+        scale_O, zero_point_O = _full_range(columns_LO, grid)
+        return scale_O.expand(count, -1), zero_point_O.expand(count, -1)
+    smallest = _SMALLEST_SHARE[grid.bits]
+    spacing = (1 - smallest) / (_COARSE_STEPS - 1)
+    shares_S = 1 - spacing * torch.arange(_COARSE_STEPS, dtype=columns_LO.dtype, device=columns_LO.device)
+    coarse = _priced(columns_LO, _shrunk_ranges(columns_LO, shares_S, grid), price, grid)
+    best = coarse.cheapest(1)
+    steps_F = torch.arange(-_FINE_STEPS, _FINE_STEPS + 1, dtype=columns_LO.dtype, device=columns_LO.device)
+    factors_F = 1 + steps_F * (spacing / (_FINE_STEPS + 1))
+    fine = _priced(columns_LO, _neighbours(best, factors_F, grid), price, grid)
+    cheapest = coarse.joined(fine).cheapest(count)
+    return cheapest.scale_CO, cheapest.zero_point_CO
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Candidates:
+    """Grids to try, `C` for every row, and what each of them costs once that is known."""
+
+    scale_CO: torch.Tensor
+    zero_point_CO: torch.Tensor
+    cost_CO: torch.Tensor | None = None
+
+    def cheapest(self, count: int) -> _Candidates:
+        assert self.cost_CO is not None
+        if count == 1:
+            index_KO = self.cost_CO.argmin(dim=0, keepdim=True)
+        else:
+            index_KO = self.cost_CO.topk(count, dim=0, largest=False).indices
+        return _Candidates(self.scale_CO.gather(0, index_KO), self.zero_point_CO.gather(0, index_KO))
+
+    def joined(self, other: _Candidates) -> _Candidates:
+        assert self.cost_CO is not None
+        assert other.cost_CO is not None
+        return _Candidates(
+            torch.cat([self.scale_CO, other.scale_CO]),
+            torch.cat([self.zero_point_CO, other.zero_point_CO]),
+            torch.cat([self.cost_CO, other.cost_CO]),
+        )
+
+
+def _range(columns_LO: torch.Tensor, grid: GridSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    low_O, high_O = columns_LO.amin(dim=0), columns_LO.amax(dim=0)
+    if grid.symmetric:
+        high_O = torch.maximum(-low_O, high_O)
+        return -high_O, high_O
+    return low_O.clamp(max=0), high_O.clamp(min=0)
+
+
+def _allowed(zero_point: torch.Tensor, grid: GridSettings) -> torch.Tensor:
+    return zero_point.clamp(grid.smallest_zero_point, grid.max_code)
+
+
+def _full_range(columns_LO: torch.Tensor, grid: GridSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    low_O, high_O = _range(columns_LO, grid)
+    scale_O = storable_scale((high_O - low_O) / grid.max_code)
+    if grid.symmetric:
+        return scale_O, torch.full_like(scale_O, grid.symmetric_zero_point)
+    return scale_O, _allowed((-low_O / scale_O).round(), grid)
+
+
+def _shrunk_ranges(columns_LO: torch.Tensor, shares_S: torch.Tensor, grid: GridSettings) -> _Candidates:
+    """Return each share of the full range, symmetric: both ways round, asymmetric: with both zero points around it."""
+    low_O, high_O = _range(columns_LO, grid)
+    scale_SO = storable_scale(shares_S[:, None] * ((high_O - low_O) / grid.max_code))
+    if grid.symmetric:
+        scale_CO = torch.cat([scale_SO, -scale_SO])
+        return _Candidates(scale_CO, torch.full_like(scale_CO, grid.symmetric_zero_point))
+    exact_SO = -low_O * shares_S[:, None] / scale_SO
+    zero_point_CO = _allowed(torch.cat([exact_SO.floor(), exact_SO.ceil()]), grid)
+    return _Candidates(torch.cat([scale_SO, scale_SO]), zero_point_CO)
+
+
+def _neighbours(best: _Candidates, factors_F: torch.Tensor, grid: GridSettings) -> _Candidates:
+    scale_FO = storable_scale(factors_F[:, None] * best.scale_CO)
+    zero_point_FO = best.zero_point_CO.expand_as(scale_FO)
+    if grid.symmetric:
+        return _Candidates(scale_FO, zero_point_FO)
+    zero_point_CO = torch.cat([zero_point_FO + shift for shift in (0, -1, 1)])
+    return _Candidates(scale_FO.repeat(3, 1), _allowed(zero_point_CO, grid))
+
+
+def _priced(columns_LO: torch.Tensor, candidates: _Candidates, price: ErrorPrice, grid: GridSettings) -> _Candidates:
+    """Return the candidates with the cost of each of them in every row."""
     num_columns, num_rows = columns_LO.shape
-    step = max(_TILE // num_columns, 1)
-    tiles = [_Search(columns_LO[:, begin : begin + step], price, grid) for begin in range(0, num_rows, step)]
-    scales, zero_points = zip(*(tile.best(count) for tile in tiles), strict=True)
-    return torch.cat(scales, dim=1), torch.cat(zero_points, dim=1)
+    cost_CO = torch.empty_like(candidates.scale_CO)
+    tile = max(_TILE // num_columns, 1)
+    lowest_CO, highest_CO = -candidates.zero_point_CO, grid.max_code - candidates.zero_point_CO
+    for begin in range(0, num_rows, tile):
+        rows = slice(begin, begin + tile)
+        tile_LO = columns_LO[:, rows].contiguous()
+        scaled_LO, error_LO = torch.empty_like(tile_LO), torch.empty_like(tile_LO)
+        for candidate in range(cost_CO.shape[0]):
+            torch.div(tile_LO, candidates.scale_CO[candidate, rows], out=scaled_LO)
+            torch.clamp(scaled_LO, lowest_CO[candidate, rows], highest_CO[candidate, rows], out=error_LO)
+            torch.sub(scaled_LO, round_(error_LO), out=error_LO)
+            cost_CO[candidate, rows] = _cost(error_LO, price, grid)
+    return _Candidates(candidates.scale_CO, candidates.zero_point_CO, cost_CO.mul_(candidates.scale_CO.square()))
 
 
-class _Search:
-    """All grids that were tried for the rows of one tile."""
-
-    def __init__(self, columns_LO: torch.Tensor, price: ErrorPrice, grid: GridSettings) -> None:
-        self.columns_LO = columns_LO.contiguous()
-        self.price = price
-        self.grid = grid
-        self.error_LO = torch.empty_like(self.columns_LO)
-        low_O, high_O = self.columns_LO.amin(dim=0), self.columns_LO.amax(dim=0)
-        self.low_O = low_O if grid.symmetric else low_O.clamp(max=0)
-        self.high_O = high_O if grid.symmetric else high_O.clamp(min=0)
-        self.tried: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-    def best(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scale and zero point `[count, O]`, the cheapest first."""
-        if self.grid.search == "minmax":
-            scale_O, zero_point_O = self._full_range()
-            return scale_O.expand(count, -1), zero_point_O.expand(count, -1)
-        smallest = _SMALLEST_SHARE[self.grid.bits]
-        spacing = (1 - smallest) / (_COARSE_STEPS - 1)
-        for step in range(_COARSE_STEPS):
-            self._try(*self._shrunk_range(1 - step * spacing))
-        coarse_scale_KO, coarse_zero_point_KO = self._cheapest(1)
-        shifts = (0,) if self.grid.symmetric else (0, -1, 1)
-        for step in range(-_FINE_STEPS, _FINE_STEPS + 1):
-            scale_O = storable_scale(coarse_scale_KO[0] * (1 + spacing * step / (_FINE_STEPS + 1)))
-            zero_points = [self._allowed(coarse_zero_point_KO[0] + shift) for shift in shifts if step or shift]
-            if zero_points:
-                self._try(scale_O, zero_points, turned=False)
-        return self._cheapest(count)
-
-    def _cheapest(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        costs, scales, zero_points = (torch.stack(parts) for parts in zip(*self.tried, strict=True))
-        index_KO = costs.topk(count, dim=0, largest=False).indices if count > 1 else costs.argmin(dim=0, keepdim=True)
-        return scales.gather(0, index_KO), zero_points.gather(0, index_KO)
-
-    def _full_range(self) -> tuple[torch.Tensor, torch.Tensor]:
-        scale_O, zero_points, _ = self._shrunk_range(1.0)
-        if self.grid.symmetric:
-            return scale_O, zero_points[0]
-        return scale_O, self._allowed((-self.low_O / scale_O).round())
-
-    def _shrunk_range(self, share: float) -> tuple[torch.Tensor, list[torch.Tensor], bool]:
-        """Return a scale, the zero points to try with it, and whether to try it turned around as well."""
-        if self.grid.symmetric:
-            largest_O = torch.maximum(-self.low_O, self.high_O)
-            scale_O = storable_scale(largest_O * (2 * share / self.grid.max_code))
-            return scale_O, [torch.full_like(scale_O, self.grid.symmetric_zero_point)], True
-        scale_O = storable_scale((self.high_O - self.low_O) * (share / self.grid.max_code))
-        exact_O = -self.low_O * share / scale_O
-        return scale_O, [self._allowed(exact_O.floor()), self._allowed(exact_O.ceil())], False
-
-    def _allowed(self, zero_point_O: torch.Tensor) -> torch.Tensor:
-        return zero_point_O.clamp(self.grid.smallest_zero_point, self.grid.max_code)
-
-    def _try(self, scale_O: torch.Tensor, zero_points: list[torch.Tensor], turned: bool) -> None:
-        """Price a scale with each of the zero points; `turned` adds the same grids with the scale negative.
-
-        A turned grid has its levels at `scale * (zero_point - code)`: the same rounding, other bounds.
-        """
-        scaled_LO = self.columns_LO / scale_O
-        rounded_LO = scaled_LO.round()
-        squared_scale_O = scale_O.square()
-        max_code = self.grid.max_code
-        for zero_point_O in zero_points:
-            bounds = [(scale_O, -zero_point_O, max_code - zero_point_O)]
-            if turned:
-                bounds.append((-scale_O, zero_point_O - max_code, zero_point_O))
-            for signed_scale_O, lowest_O, highest_O in bounds:
-                torch.clamp(rounded_LO, lowest_O, highest_O, out=self.error_LO)
-                torch.sub(scaled_LO, self.error_LO, out=self.error_LO)
-                self.tried.append((self._cost().mul_(squared_scale_O), signed_scale_O, zero_point_O))
-
-    def _cost(self) -> torch.Tensor:
-        """Return the price `[O]` of `error_LO`, which is overwritten."""
-        if self.grid.search == "hessian":
-            return (self.price.matrix_LL @ self.error_LO).mul_(self.error_LO).sum(dim=0)
-        squared_LO = self.error_LO.square_()
-        if self.grid.search == "mse":
-            return squared_LO.sum(dim=0)
-        return self.price.diagonal_L @ squared_LO
+def _cost(error_LO: torch.Tensor, price: ErrorPrice, grid: GridSettings) -> torch.Tensor:
+    """Return the price `[O]` of errors in units of the scale; `error_LO` is overwritten."""
+    if grid.search == "hessian":
+        return (price.matrix_LL @ error_LO).mul_(error_LO).sum(dim=0)
+    squared_LO = error_LO.square_()
+    if grid.search == "mse":
+        return squared_LO.sum(dim=0)
+    return price.diagonal_L @ squared_LO

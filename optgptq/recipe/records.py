@@ -169,7 +169,7 @@ class CalibrationRecipe(Section):
     )
     windows_per_batch: PositiveInt | None = Field(default=None, description="windows per forward pass; null: chosen")
     full_precision_windows: int = Field(
-        default=8, strict=True, ge=0, description="windows also run through unquantized layers, to measure output error"
+        default=4, strict=True, ge=0, description="windows also run through unquantized layers, to measure output error"
     )
     compute_dtype: Literal["auto", "float32"] = Field(
         default="auto",

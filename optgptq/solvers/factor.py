@@ -27,12 +27,14 @@ class Factor:
         upper_II: `P`, `[I, I]` upper triangular, in the walk's order.
         damp_ratio_used: damping with which it succeeded.
         dead_I: bool `[I]`, original columns that no calibration token reached.
+        added_I: `[I]`, what stands on the diagonal beyond the moment, in the walk's order.
     """
 
     order_I: torch.Tensor
     upper_II: torch.Tensor
     damp_ratio_used: float
     dead_I: torch.Tensor
+    added_I: torch.Tensor
 
 
 def factor_moment(
@@ -63,7 +65,8 @@ def factor_moment(
     for ratio in ratios:
         upper_II = reverse_cholesky(permuted_II, damp=ratio * mean_diagonal)
         if upper_II is not None:
-            return Factor(order_I, upper_II, ratio, dead_I)
+            added_I = (dead_I.to(dtype) + ratio)[order_I] * mean_diagonal
+            return Factor(order_I, upper_II, ratio, dead_I, added_I)
     raise NumericalError(
         f"{name}: input moment",
         expected="a matrix that damping makes positive definite",

@@ -16,18 +16,18 @@ import time
 import torch
 
 from optgptq.affine_weight import AffineWeight
+from optgptq.grids.affine import nearest_codes
 from optgptq.grids.search import ErrorPrice, find_grids
 from optgptq.grids.settings import GridSettings
 from optgptq.solvers.factor import Factor, factor_moment
-from optgptq.solvers.losses import row_losses
+from optgptq.solvers.losses import factored_energy
 from optgptq.solvers.problem import LayerProblem, LayerSolution
-from optgptq.solvers.rtn import round_to_nearest
 from optgptq.solvers.walk import ColumnGrids, ColumnWalk
 
 # Grids of a group that are walked where the search asks for it; more gains little (docs/log.md).
 NUM_WALKED_GRIDS = 4
-# Numbers in one array of a walk: bounds memory, and keeps a group's columns near the processor.
-_WALK_NUMBERS = 1 << 24
+# Rows of one walk: bounds its memory, and keeps a group of columns near the processor.
+_ROWS = 2048
 
 
 def solve(problem: LayerProblem) -> LayerSolution:
@@ -51,18 +51,14 @@ def solve(problem: LayerProblem) -> LayerSolution:
         damp_ratio=settings.damp_ratio,
         dtype=settings.dtype,
     )
-    chunk = max(_WALK_NUMBERS // (num_columns * _num_walked(grid)), 1)
-    parts = []
-    for begin in range(0, num_rows, chunk):
-        rows = _Rows(weight_OI[begin : begin + chunk], factor, grid, group_size, settings.column_block)
-        rows.solve()
-        parts.append(rows)
-    weight = _collect(parts, grid, group_size)
-    scale_OG, zero_point_OG = weight.scale_OG.to(settings.dtype), weight.zero_point_OG.to(settings.dtype)
-    nearest, _ = round_to_nearest(weight_OI, scale_OG, zero_point_OG, bits=grid.bits, symmetric=grid.symmetric)
-    energy_O, loss_O, rtn_loss_O = row_losses(problem, weight, nearest)
+    parts = [
+        _Rows(weight_OI[begin : begin + _ROWS], factor, grid, group_size, settings.column_block)
+        for begin in range(0, num_rows, _ROWS)
+    ]
+    losses = [rows.solve() for rows in parts]
+    energy_O, loss_O, rtn_loss_O = (torch.cat(part) for part in zip(*losses, strict=True))
     return LayerSolution(
-        weight=weight,
+        weight=_collect(parts, grid, group_size),
         row_energy_O=energy_O,
         row_loss_O=loss_O,
         row_rtn_loss_O=rtn_loss_O,
@@ -90,6 +86,7 @@ class _Rows:
         self.column_block = column_block
         self.order_I = factor.order_I
         self.upper_II = factor.upper_II
+        self.added_I = factor.added_I
         self.weight_IO = weight_OI.T[factor.order_I].contiguous()
         self.error_IO = torch.empty_like(self.weight_IO)
         self.codes_IO = torch.empty(num_columns, num_rows, dtype=torch.uint8, device=weight_OI.device)
@@ -98,30 +95,47 @@ class _Rows:
         self.zero_point_GO = torch.empty_like(self.scale_GO)
         self.group_of_column = (factor.order_I // group_size).tolist()
 
-    def solve(self) -> None:
+    def solve(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Round all columns; return the losses."""
         if self.grid.group_grids == "static":
-            self._find_static_grids()
-            grids = ColumnGrids(
-                scale_GR=self.scale_GO,
-                zero_point_GR=self.zero_point_GO,
-                grid_of_column=self.group_of_column,
-                max_code=self.grid.max_code,
-            )
-            pending_IO = torch.zeros_like(self.weight_IO)
-            walk = ColumnWalk(self.weight_IO, self.upper_II, pending_IO, grids, column_block=self.column_block)
-            walk.run()
-            scale_IO, zero_point_IO = self.scale_GO[self.group_of_column], self.zero_point_GO[self.group_of_column]
-            self.codes_IO.copy_(walk.steps_CR + zero_point_IO)
-            self._count_clipped(0, walk.weighted_errors(), scale_IO)
-            return
-        for begin in range(0, self.weight_IO.shape[0], self.group_size):
-            self._walk_group(begin)
+            self._walk_static()
+        else:
+            for begin in range(0, self.weight_IO.shape[0], self.group_size):
+                self._walk_group(begin)
+        return self._losses()
+
+    def _walk_static(self) -> None:
+        self._find_static_grids()
+        grids = ColumnGrids(
+            scale_GR=self.scale_GO,
+            zero_point_GR=self.zero_point_GO,
+            grid_of_column=self.group_of_column,
+            max_code=self.grid.max_code,
+        )
+        pending_IO = torch.zeros_like(self.weight_IO)
+        walk = ColumnWalk(self.weight_IO, self.upper_II, pending_IO, grids, column_block=self.column_block)
+        walk.run()
+        scale_IO, zero_point_IO = self.scale_GO[self.group_of_column], self.zero_point_GO[self.group_of_column]
+        self.codes_IO.copy_(walk.steps_CR + zero_point_IO)
+        self.error_IO.copy_(walk.error_CR)
+        self._count_clipped(0, walk.weighted_errors(), scale_IO)
 
     def original_codes(self) -> torch.Tensor:
         """Return the codes `[O, I]` with columns in the model's order."""
         codes_IO = torch.empty_like(self.codes_IO)
         codes_IO[self.order_I] = self.codes_IO
         return codes_IO.T
+
+    def _losses(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return float64 `[O]`: energy of the weight, loss of the solution, loss of the nearest codes on its grids."""
+        scale_IO, zero_point_IO = self.scale_GO[self.group_of_column], self.zero_point_GO[self.group_of_column]
+        codes_IO, _ = nearest_codes(self.weight_IO, scale_IO, zero_point_IO, self.grid.max_code)
+        nearest_error_IO = codes_IO.sub_(zero_point_IO).mul_(scale_IO).sub_(self.weight_IO)
+        energy_O, loss_O, rtn_loss_O = (
+            factored_energy(part_IO, self.upper_II, self.added_I)
+            for part_IO in (self.weight_IO, self.error_IO, nearest_error_IO)
+        )
+        return energy_O, loss_O, rtn_loss_O
 
     def _find_static_grids(self) -> None:
         groups_I = torch.tensor(self.group_of_column, device=self.weight_IO.device)

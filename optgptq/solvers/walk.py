@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
+from optgptq.grids.affine import round_
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ColumnGrids:
@@ -91,7 +93,7 @@ class ColumnWalk:
             scale_R = self.grids.scale_GR[grid]
             weight_R = self.weight_CR[column]
             current_R = torch.add(weight_R, self.pending_CR[column], alpha=self._inverse_pivots[column])
-            current_R.div_(scale_R).round_()
+            round_(current_R.div_(scale_R))
             steps_R = torch.clamp(current_R, self._lowest_GR[grid], self._highest_GR[grid], out=self.steps_CR[column])
             error_R = torch.addcmul(weight_R, steps_R, scale_R, value=-1, out=self.error_CR[column])
             if column + 1 < end:
