@@ -39,7 +39,17 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what any reader, YAML 1.1 or 1.2, could take for something other than text."""
 
 
+# Line breaks of Unicode: a reader would take them for the end of a line unless they are escaped in double quotes.
+_UNICODE_BREAKS = ("\x85", "\u2028", "\u2029")
+
+
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = '"' if any(character in value for character in _UNICODE_BREAKS) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+_Dumper.add_representer(str, _represent_text)
 
 
 def _refuse(where: str, line: int | None, *, expected: str, found: str, action: str) -> RecipeError:

@@ -28,9 +28,12 @@ def factored_energy(columns_IO: torch.Tensor, upper_II: torch.Tensor, added_I: t
 
     Half the work of a product with `H`: `P` is triangular. Columns are in the walk's order.
     """
-    energy_O = -(added_I @ columns_IO.square()).to(torch.float64)
+    added_O = (added_I @ columns_IO.square()).to(torch.float64)
+    damped_O = torch.zeros_like(added_O)
     for begin in range(0, columns_IO.shape[0], _COLUMNS_PER_PRODUCT):
         end = begin + _COLUMNS_PER_PRODUCT
         weighted_CO = upper_II[:end, begin:end].T @ columns_IO[:end]
-        energy_O += weighted_CO.square_().sum(dim=0, dtype=torch.float64)
-    return energy_O.clamp_(min=0)
+        damped_O += weighted_CO.square_().sum(dim=0, dtype=torch.float64)
+    # What the arithmetic cannot tell from zero is zero.
+    energy_O = damped_O - added_O
+    return energy_O.where(energy_O > 16 * torch.finfo(columns_IO.dtype).eps * damped_O, 0.0)

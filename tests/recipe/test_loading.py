@@ -273,8 +273,8 @@ def test_shipped_recipes_are_named_after_their_files_and_described() -> None:
     [
         ("gptq-w8", "gptq", 8, 128, True, "gptq"),
         ("gptq-w4", "gptq", 4, 128, True, "gptq"),
-        ("gptq-w3", "gptq", 3, 128, False, "compressed-tensors"),
-        ("gptq-w2", "gptq", 2, 64, False, "compressed-tensors"),
+        ("gptq-w3", "gptq", 3, 128, True, "compressed-tensors"),
+        ("gptq-w2", "gptq", 2, 64, True, "compressed-tensors"),
         ("rtn-w4", "rtn", 4, 128, True, "gptq"),
     ],
 )

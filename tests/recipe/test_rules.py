@@ -11,7 +11,7 @@ DOWN_PROJ = "model.layers.11.mlp.down_proj"
 
 def test_without_rules_the_defaults_hold() -> None:
     assert resolve_weight(WeightRecipe(), Q_PROJ) == ResolvedWeight(
-        method="gptq", bits=4, group_size=128, symmetric=True, grid_search="hessian", keep_dense=False, reason=None
+        method="gptq", bits=4, group_size=128, symmetric=True, grid_search="walk", keep_dense=False, reason=None
     )
 
 
@@ -27,7 +27,7 @@ def test_rules_are_applied_in_order_and_change_only_what_they_name() -> None:
         bits=3,
         group_size=-1,
         symmetric=False,
-        grid_search="hessian",
+        grid_search="walk",
         reason=r"weights.rules.1 'layers\\.11\\.': the last layer is robust",
     )
     assert resolve_weight(weights, "model.layers.1.mlp.down_proj").bits == 8

@@ -219,7 +219,7 @@ def test_rows_do_not_influence_each_other(search: str) -> None:
 def test_chunks_of_rows_do_not_change_the_result(search: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = problem(random_weight(11, 48), random_moment(48), bits=3, group_size=16, search=search)
     whole = gptq(case)
-    monkeypatch.setattr(gptq_module, "_WALK_NUMBERS", 48 * 4 * 3)
+    monkeypatch.setattr(gptq_module, "_ROWS", 3)
     chunked = gptq(case)
     assert torch.equal(whole.weight.codes_OI, chunked.weight.codes_OI)
     assert torch.equal(whole.weight.scale_OG, chunked.weight.scale_OG)
