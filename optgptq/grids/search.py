@@ -13,7 +13,7 @@ A symmetric grid has one level more on its negative side. Its scale may be negat
 search tries both, so that the extra level is where the weights need it (at 2 bits a quarter of all levels).
 Every candidate scale is rounded for storage before it is tried.
 
-Shapes: `L` columns of a group, `O` rows. Arithmetic is in the dtype of the weight.
+Shapes: `L` columns of a group, `O` rows, `C` candidates, `K` steps of a scan or candidates kept. Arithmetic is in the dtype of the weight.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def find_grids(
         return scale_O.expand(count, -1), zero_point_O.expand(count, -1)
     smallest = _SMALLEST_SHARE[grid.bits]
     spacing = (1 - smallest) / (_COARSE_STEPS - 1)
-    shares_S = 1 - spacing * torch.arange(_COARSE_STEPS, dtype=columns_LO.dtype, device=columns_LO.device)
-    coarse = _priced(columns_LO, _shrunk_ranges(columns_LO, shares_S, grid), price, grid)
+    shares_K = 1 - spacing * torch.arange(_COARSE_STEPS, dtype=columns_LO.dtype, device=columns_LO.device)
+    coarse = _priced(columns_LO, _shrunk_ranges(columns_LO, shares_K, grid), price, grid)
     best = coarse.cheapest(1)
-    steps_F = torch.arange(-_FINE_STEPS, _FINE_STEPS + 1, dtype=columns_LO.dtype, device=columns_LO.device)
-    factors_F = 1 + steps_F * (spacing / (_FINE_STEPS + 1))
-    fine = _priced(columns_LO, _neighbours(best, factors_F, grid), price, grid)
+    steps_K = torch.arange(-_FINE_STEPS, _FINE_STEPS + 1, dtype=columns_LO.dtype, device=columns_LO.device)
+    factors_K = 1 + steps_K * (spacing / (_FINE_STEPS + 1))
+    fine = _priced(columns_LO, _neighbours(best, factors_K, grid), price, grid)
     cheapest = coarse.joined(fine).cheapest(count)
     return cheapest.scale_CO, cheapest.zero_point_CO
 
@@ -115,25 +115,25 @@ def _full_range(columns_LO: torch.Tensor, grid: GridSettings) -> tuple[torch.Ten
     return scale_O, _allowed((-low_O / scale_O).round(), grid)
 
 
-def _shrunk_ranges(columns_LO: torch.Tensor, shares_S: torch.Tensor, grid: GridSettings) -> _Candidates:
+def _shrunk_ranges(columns_LO: torch.Tensor, shares_K: torch.Tensor, grid: GridSettings) -> _Candidates:
     """Return each share of the full range, symmetric: both ways round, asymmetric: with both zero points around it."""
     low_O, high_O = _range(columns_LO, grid)
-    scale_SO = storable_scale(shares_S[:, None] * ((high_O - low_O) / grid.max_code))
+    scale_KO = storable_scale(shares_K[:, None] * ((high_O - low_O) / grid.max_code))
     if grid.symmetric:
-        scale_CO = torch.cat([scale_SO, -scale_SO])
+        scale_CO = torch.cat([scale_KO, -scale_KO])
         return _Candidates(scale_CO, torch.full_like(scale_CO, grid.symmetric_zero_point))
-    exact_SO = -low_O * shares_S[:, None] / scale_SO
-    zero_point_CO = _allowed(torch.cat([exact_SO.floor(), exact_SO.ceil()]), grid)
-    return _Candidates(torch.cat([scale_SO, scale_SO]), zero_point_CO)
+    exact_KO = -low_O * shares_K[:, None] / scale_KO
+    zero_point_CO = _allowed(torch.cat([exact_KO.floor(), exact_KO.ceil()]), grid)
+    return _Candidates(torch.cat([scale_KO, scale_KO]), zero_point_CO)
 
 
-def _neighbours(best: _Candidates, factors_F: torch.Tensor, grid: GridSettings) -> _Candidates:
-    scale_FO = storable_scale(factors_F[:, None] * best.scale_CO)
-    zero_point_FO = best.zero_point_CO.expand_as(scale_FO)
+def _neighbours(best: _Candidates, factors_K: torch.Tensor, grid: GridSettings) -> _Candidates:
+    scale_KO = storable_scale(factors_K[:, None] * best.scale_CO)
+    zero_point_KO = best.zero_point_CO.expand_as(scale_KO)
     if grid.symmetric:
-        return _Candidates(scale_FO, zero_point_FO)
-    zero_point_CO = torch.cat([zero_point_FO + shift for shift in (0, -1, 1)])
-    return _Candidates(scale_FO.repeat(3, 1), _allowed(zero_point_CO, grid))
+        return _Candidates(scale_KO, zero_point_KO)
+    zero_point_CO = torch.cat([zero_point_KO + shift for shift in (0, -1, 1)])
+    return _Candidates(scale_KO.repeat(3, 1), _allowed(zero_point_CO, grid))
 
 
 def _priced(columns_LO: torch.Tensor, candidates: _Candidates, price: ErrorPrice, grid: GridSettings) -> _Candidates:

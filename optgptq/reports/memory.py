@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -68,6 +69,5 @@ def return_free_memory() -> None:
     Freed tensors of a decoder layer leave a heap full of holes, and the next layer's do not fit them: without this the
     peak crept up from layer to layer.
     """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
