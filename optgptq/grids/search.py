@@ -13,7 +13,8 @@ A symmetric grid has one level more on its negative side. Its scale may be negat
 search tries both, so that the extra level is where the weights need it (at 2 bits a quarter of all levels).
 Every candidate scale is rounded for storage before it is tried.
 
-Shapes: `L` columns of a group, `O` rows, `C` candidates, `K` steps of a scan or candidates kept. Arithmetic is in the dtype of the weight.
+Shapes: `L` columns of a group, `O` rows, `C` candidates, `K` steps of a scan or candidates kept.
+Arithmetic is in the dtype of the weight.
 """
 
 from __future__ import annotations
