@@ -79,7 +79,7 @@ def _usage_or_other(error: BaseException) -> Failure:
 
 def run() -> None:
     """Entry of the `optgptq` script."""
-    from optgptq.environment import prefer_passive_waiting
+    from optgptq.environment import limit_spinning
 
-    prefer_passive_waiting()
+    limit_spinning()
     sys.exit(main(sys.argv[1:]))

@@ -59,10 +59,11 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
     )
 
 
-def prefer_passive_waiting() -> None:
-    """Let threads that wait for each other sleep instead of spin, unless the user has chosen; before torch is loaded.
+def limit_spinning() -> None:
+    """Let threads that wait for each other soon sleep instead of spin, unless the user has chosen; before torch loads.
 
-    With two threads on two cores that something else uses too, spinning made a job four times as long
-    (docs/log.md, 2026-11-22); on an idle machine sleeping costs little.
+    With two threads on two cores that something else uses too, spinning as long as libgomp does by itself made a job
+    four times as long; never spinning costs an idle machine a tenth (docs/log.md, 2026-11-22). This is between.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
