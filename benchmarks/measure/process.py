@@ -34,12 +34,13 @@ class Measurement:
 
 
 def run_measured(command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None) -> Measurement:
-    """Run `command` with its output in file `log`; BenchmarkError with the end of the log when it fails."""
+    """Run `command` (absolute paths) with its output in file `log`; BenchmarkError with the end of the log when it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     result_path = log.with_suffix(".measured.json")
     # -I -S: no site packages, so that the process in between stays small.
     launcher = [sys.executable, "-I", "-S", str(LAUNCHER), str(result_path), str(log), *command]
-    subprocess.run(launcher, check=True, env={**os.environ, **(environment or {})})
+    # In the log's folder: some tools leave files where they are started.
+    subprocess.run(launcher, check=True, cwd=log.parent, env={**os.environ, **(environment or {})})
     result = json.loads(result_path.read_text("utf-8"))
     result_path.unlink()
     if result.pop("exit_status") != 0:

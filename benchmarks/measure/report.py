@@ -47,6 +47,11 @@ class Report:
     details: list[dict[str, Any]] = field(default_factory=list)
 
 
+def _absolute(path: str) -> Path:
+    """Commands are run in a folder of their own; links are kept, since an environment is found through its own path."""
+    return Path(path).absolute()
+
+
 def new_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options of all benchmarks."""
     parser = argparse.ArgumentParser(description=description)
@@ -54,7 +59,7 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--write", action="store_true", help="write a dated page into docs/benchmarks")
     parser.add_argument(
         "--work",
-        type=Path,
+        type=_absolute,
         default=REPOSITORY / "benchmarks" / "results",
         help="folder for outputs, logs and the JSON result (git ignores the default)",
     )
@@ -65,7 +70,7 @@ def add_peer_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of benchmarks that run other tools."""
     parser.add_argument(
         "--peers",
-        type=Path,
+        type=_absolute,
         default=REPOSITORY / "benchmarks" / "peers-env",
         help="folder with one environment per peer, made by benchmarks/peers/install.py",
     )
