@@ -34,7 +34,7 @@ class Measurement:
 
 
 def run_measured(command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None) -> Measurement:
-    """Run `command` (absolute paths) with its output in file `log`; BenchmarkError with the end of the log when it fails."""
+    """Run `command` (absolute paths), its output into `log`; BenchmarkError with the end of the log when it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     result_path = log.with_suffix(".measured.json")
     # -I -S: no site packages, so that the process in between stays small.
