@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := $(wildcard optgptq/native/source/*)
 DEMO := demo-output
 DEMO_MODEL := $(DEMO)/story-llama-w4
 
@@ -21,7 +22,7 @@ help:
 setup: $(STAMP)
 
 # torch comes first and alone: it is by far the largest, and pip's own configuration decides which build it finds.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "optgptq needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -60,5 +61,6 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 
 clean:
+	rm -f optgptq/native/_core*.so
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find optgptq cli configs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -28,6 +28,7 @@ from optgptq.models.attention import attention_context
 from optgptq.models.checks import check_inventory
 from optgptq.models.loading import load_embedding, load_layer
 from optgptq.models.registry import model_spec
+from optgptq.native.library import native_name
 from optgptq.plan import outer_layouts, plan_linears
 from optgptq.recipe.loading import recipe_for_record
 from optgptq.recipe.records import Recipe
@@ -161,7 +162,11 @@ class _Job:
                 "notes": list(self.windows.notes),
             },
             "device": self.device.type,
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "native": native_name(),
+            },
             "bits_per_weight": self.record.bits_per_weight,
             "layers": self.record.layers,
             "dense": self.record.dense,

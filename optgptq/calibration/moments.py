@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from optgptq.native.moment import add_moment, adds_moment
 from optgptq.numerics import exact_float32_products
 
 # Only blocks on and above the diagonal are multiplied: with n blocks (n + 1) / 2n of the work.
@@ -48,6 +49,9 @@ class InputMoment:
         return bool(torch.isfinite(self.sum_II.diagonal()).all())
 
     def _add_chunk(self, chunk_TI: torch.Tensor) -> None:
+        if adds_moment(chunk_TI, self.sum_II):
+            add_moment(chunk_TI, self.sum_II)
+            return
         values_TI = chunk_TI.to(self.sum_II.dtype)
         num_columns = values_TI.shape[1]
         block = max(_SMALLEST_BLOCK, -(-num_columns // _NUM_BLOCKS))

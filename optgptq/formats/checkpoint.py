@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from optgptq.checkpoint.disk import disk_error
-from optgptq.checkpoint.folder import CONFIG_FILE, CheckpointFolder
+from optgptq.checkpoint.folder import CONFIG_FILE
 from optgptq.checkpoint.manifest import MANIFEST_FILE
 from optgptq.checkpoint.paths import require_inside
+from optgptq.checkpoint.source import TensorSource
 from optgptq.checkpoint.writer import ShardWriter, TensorEntry
 from optgptq.errors import ModelError
 from optgptq.formats.base import CheckpointFormat
@@ -23,9 +24,7 @@ QUANTIZATION_KEY = "quantization_config"
 OWN_FILES = (CONFIG_FILE, MANIFEST_FILE, QUANTIZE_CONFIG_FILE)
 
 
-def plan_entries(
-    source: CheckpointFolder, layouts: Sequence[LinearLayout], form: CheckpointFormat
-) -> list[TensorEntry]:
+def plan_entries(source: TensorSource, layouts: Sequence[LinearLayout], form: CheckpointFormat) -> list[TensorEntry]:
     """Return all tensors of the result, in name order of the source, quantized weights replaced.
 
     Args:
@@ -57,7 +56,7 @@ def plan_entries(
     return entries
 
 
-def copy_dense(source: CheckpointFolder, writer: ShardWriter, layouts: Sequence[LinearLayout]) -> None:
+def copy_dense(source: TensorSource, writer: ShardWriter, layouts: Sequence[LinearLayout]) -> None:
     """Copy every tensor of `source` that is not quantized, bit for bit, in pieces."""
     quantized = _by_weight(layouts)
     for name in source.tensors:
@@ -66,11 +65,12 @@ def copy_dense(source: CheckpointFolder, writer: ShardWriter, layouts: Sequence[
 
 
 def write_side_files(
-    source: CheckpointFolder, folder: Path, form: CheckpointFormat, layouts: Sequence[LinearLayout]
+    source: TensorSource, folder: Path, form: CheckpointFormat, layouts: Sequence[LinearLayout]
 ) -> None:
     """Copy every other file byte for byte and write the configuration of the result.
 
-    `config.json` keeps the source's bytes and gains the key `quantization_config`.
+    `config.json` keeps the source's bytes and gains the key `quantization_config`; a source whose config is not that of
+    its file has it written anew.
 
     Raises:
         CapacityError, OutputError: a file cannot be written.
@@ -78,8 +78,7 @@ def write_side_files(
     for name in source.side_files:
         if name not in OWN_FILES:
             _copy_file(require_inside(source.path, name), folder / name)
-    text = (source.path / CONFIG_FILE).read_text(encoding="utf-8-sig")
-    _write_text(folder / CONFIG_FILE, config_text(text, form.quantization_config(layouts)))
+    _write_text(folder / CONFIG_FILE, config_text(_source_text(source), form.quantization_config(layouts)))
     for name, content in form.extra_files(layouts).items():
         _write_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -100,11 +99,22 @@ def config_text(text: str, quantization: Mapping[str, Any]) -> str:
     return json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
 
 
-def same_config(folder: CheckpointFolder, source: CheckpointFolder) -> bool:
+def same_config(folder: TensorSource, source: TensorSource) -> bool:
     """True if both config.json say the same, `quantization_config` left aside."""
     first, second = dict(folder.config), dict(source.config)
     first.pop(QUANTIZATION_KEY, None)
     second.pop(QUANTIZATION_KEY, None)
+    return _same_json(first, second)
+
+
+def _source_text(source: TensorSource) -> str:
+    text = (source.path / CONFIG_FILE).read_text(encoding="utf-8-sig")
+    if _same_json(json.loads(text), source.config):
+        return text
+    return json.dumps(source.config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _same_json(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     # As text: NaN is a legal value in these files and is not equal to itself.
     return json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
 

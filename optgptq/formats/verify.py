@@ -12,6 +12,7 @@ import torch
 from optgptq.affine_weight import AffineWeight
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.manifest import Problem, check_manifest, read_manifest, sha256_file
+from optgptq.checkpoint.source import TensorSource
 from optgptq.errors import FormatError, OptGPTQError
 from optgptq.formats import CheckpointFormat, detect
 from optgptq.formats.checkpoint import OWN_FILES, plan_entries, same_config
@@ -61,7 +62,7 @@ def weight_digest(weight: AffineWeight) -> str:
 
 
 def verify_written(
-    folder: CheckpointFolder, source: CheckpointFolder, layouts: Sequence[LinearLayout], digests: Mapping[str, str]
+    folder: CheckpointFolder, source: TensorSource, layouts: Sequence[LinearLayout], digests: Mapping[str, str]
 ) -> None:
     """Read back everything that was written and compare it with what was meant.
 
@@ -121,14 +122,14 @@ def verify_folder(folder: CheckpointFolder) -> VerifyReport:
     )
 
 
-def same_bytes(first: CheckpointFolder, second: CheckpointFolder, name: str) -> bool:
+def same_bytes(first: TensorSource, second: TensorSource, name: str) -> bool:
     """True if tensor `name` has the same bytes in both folders; read in pieces."""
     pairs = zip_longest(first.read_chunks(name), second.read_chunks(name))
     return all(left is not None and right is not None and torch.equal(left, right) for left, right in pairs)
 
 
 def _verify_inventory(
-    folder: CheckpointFolder, source: CheckpointFolder, layouts: Sequence[LinearLayout], form: CheckpointFormat
+    folder: CheckpointFolder, source: TensorSource, layouts: Sequence[LinearLayout], form: CheckpointFormat
 ) -> None:
     planned = {entry.name: (entry.dtype, entry.shape) for entry in plan_entries(source, layouts, form)}
     stored = {name: (info.torch_dtype, info.shape) for name, info in folder.tensors.items()}
@@ -161,7 +162,7 @@ def _verify_quantized(
         )
 
 
-def _verify_side_files(folder: CheckpointFolder, source: CheckpointFolder) -> None:
+def _verify_side_files(folder: CheckpointFolder, source: TensorSource) -> None:
     if not same_config(folder, source):
         raise _differs(f"{folder.path}, config.json", "the keys and values of the source", "others")
     for name in source.side_files:

@@ -58,16 +58,20 @@ def find_grids(
     if grid.search == "minmax":
         scale_O, zero_point_O = _full_range(columns_LO, grid)
         return scale_O.expand(count, -1), zero_point_O.expand(count, -1)
-    smallest = _SMALLEST_SHARE[grid.bits]
-    spacing = (1 - smallest) / (_COARSE_STEPS - 1)
-    shares_K = 1 - spacing * torch.arange(_COARSE_STEPS, dtype=columns_LO.dtype, device=columns_LO.device)
+    shares_K, factors_K = (steps_K.to(columns_LO.device) for steps_K in scan_steps(grid, columns_LO.dtype))
     coarse = _priced(columns_LO, _shrunk_ranges(columns_LO, shares_K, grid), price, grid)
     best = coarse.cheapest(1)
-    steps_K = torch.arange(-_FINE_STEPS, _FINE_STEPS + 1, dtype=columns_LO.dtype, device=columns_LO.device)
-    factors_K = 1 + steps_K * (spacing / (_FINE_STEPS + 1))
     fine = _priced(columns_LO, _neighbours(best, factors_K, grid), price, grid)
     cheapest = coarse.joined(fine).cheapest(count)
     return cheapest.scale_CO, cheapest.zero_point_CO
+
+
+def scan_steps(grid: GridSettings, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what is tried: `[K]` shares of the full range, then `[K]` factors of the best scale among them."""
+    spacing = (1 - _SMALLEST_SHARE[grid.bits]) / (_COARSE_STEPS - 1)
+    shares_K = 1 - spacing * torch.arange(_COARSE_STEPS, dtype=dtype)
+    factors_K = 1 + torch.arange(-_FINE_STEPS, _FINE_STEPS + 1, dtype=dtype) * (spacing / (_FINE_STEPS + 1))
+    return shares_K, factors_K
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,11 +83,14 @@ class _Candidates:
     cost_CO: torch.Tensor | None = None
 
     def cheapest(self, count: int) -> _Candidates:
+        """Return the `count` best, of equal ones the first: torch.topk does not say which it takes."""
         assert self.cost_CO is not None
-        if count == 1:
-            index_KO = self.cost_CO.argmin(dim=0, keepdim=True)
-        else:
-            index_KO = self.cost_CO.topk(count, dim=0, largest=False).indices
+        left_CO = self.cost_CO.clone()
+        chosen = []
+        for _ in range(count):
+            chosen.append(left_CO.argmin(dim=0, keepdim=True))
+            left_CO.scatter_(0, chosen[-1], torch.inf)
+        index_KO = torch.cat(chosen)
         return _Candidates(self.scale_CO.gather(0, index_KO), self.zero_point_CO.gather(0, index_KO))
 
     def joined(self, other: _Candidates) -> _Candidates:

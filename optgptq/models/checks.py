@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import torch
 
-from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.checkpoint.source import TensorSource
 from optgptq.errors import ModelError
 from optgptq.models.inventory import embedding_shape, expected_tensors, head_shape
 from optgptq.models.spec import DecoderSpec
@@ -14,7 +14,7 @@ from optgptq.models.spec import DecoderSpec
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def check_inventory(folder: CheckpointFolder, spec: DecoderSpec, *, supplied: Collection[str] = ()) -> None:
+def check_inventory(folder: TensorSource, spec: DecoderSpec, *, supplied: Collection[str] = ()) -> None:
     """Compare names, shapes and dtypes of all tensors with the spec; reads no weights.
 
     Args:
@@ -55,7 +55,7 @@ def check_inventory(folder: CheckpointFolder, spec: DecoderSpec, *, supplied: Co
 
 
 def read_weight(
-    folder: CheckpointFolder,
+    folder: TensorSource,
     name: str,
     shape: tuple[int, ...],
     *,
@@ -92,7 +92,7 @@ def require_finite(tensor: torch.Tensor, *, where: str) -> None:
     )
 
 
-def _unknown_tensor(folder: CheckpointFolder, name: str, shape: tuple[int, ...]) -> ModelError:
+def _unknown_tensor(folder: TensorSource, name: str, shape: tuple[int, ...]) -> ModelError:
     hint = " Fused experts are not implemented." if len(shape) > 2 else ""
     return ModelError(
         f"{folder.path}: {name}",
@@ -102,7 +102,7 @@ def _unknown_tensor(folder: CheckpointFolder, name: str, shape: tuple[int, ...])
     )
 
 
-def _wrong_shape(folder: CheckpointFolder, name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> ModelError:
+def _wrong_shape(folder: TensorSource, name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> ModelError:
     return ModelError(
         f"{folder.path}: {name}",
         expected=f"shape {list(expected)}",

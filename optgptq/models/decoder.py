@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.checkpoint.source import TensorSource
 from optgptq.models.attention import AttentionContext, attention_context
 from optgptq.models.checks import check_inventory
 from optgptq.models.ends import Embedding, Head
@@ -57,7 +57,7 @@ class Decoder:
 
 
 def load_decoder(
-    folder: CheckpointFolder,
+    folder: TensorSource,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",

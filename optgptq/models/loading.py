@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.checkpoint.source import TensorSource
 from optgptq.models.checks import read_weight
 from optgptq.models.ends import Embedding, Head
 from optgptq.models.inventory import LinearInfo, embedding_shape, head_shape, layer_linears, norm_shapes
@@ -25,7 +25,7 @@ class _Read(Protocol):
 
 
 def load_embedding(
-    folder: CheckpointFolder, spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    folder: TensorSource, spec: DecoderSpec, *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Embedding:
     """Return the input end of the model. Raises ModelError for wrong shapes and values that are not finite."""
     read = _reader(folder, dtype, device)
@@ -41,7 +41,7 @@ def load_embedding(
 
 
 def load_head(
-    folder: CheckpointFolder,
+    folder: TensorSource,
     spec: DecoderSpec,
     *,
     embedding: Embedding | None = None,
@@ -73,7 +73,7 @@ def load_head(
 
 
 def load_layer(
-    folder: CheckpointFolder,
+    folder: TensorSource,
     spec: DecoderSpec,
     index: int,
     *,
@@ -90,7 +90,7 @@ def load_layer(
     return DecoderLayer(spec=spec, index=index, linears=linears, norms=_load_layer_norms(read, spec, index))
 
 
-def _read_tokens(folder: CheckpointFolder, spec: DecoderSpec, read: _Read) -> torch.Tensor:
+def _read_tokens(folder: TensorSource, spec: DecoderSpec, read: _Read) -> torch.Tensor:
     ((name, shape),) = embedding_shape(spec).items()
     ((head_name, _),) = head_shape(spec).items()
     return read(head_name if name not in folder.tensors and spec.tied_head else name, shape)
@@ -130,7 +130,7 @@ def _load_norm(read: _Read, spec: DecoderSpec, name: str | None, size: int) -> N
     return Norm(spec.norm, size, weight, bias)
 
 
-def _reader(folder: CheckpointFolder, dtype: torch.dtype, device: torch.device | str) -> _Read:
+def _reader(folder: TensorSource, dtype: torch.dtype, device: torch.device | str) -> _Read:
     def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return read_weight(folder, name, shape, dtype=dtype, device=device)
 

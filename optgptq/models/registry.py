@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.checkpoint.source import TensorSource
 from optgptq.errors import ModelError
 from optgptq.models.config_reader import ConfigReader
 from optgptq.models.families.bloom import BLOOM
@@ -55,7 +55,7 @@ def config_spec(config: Mapping[str, Any]) -> DecoderSpec:
     return family_of(config).build_spec(ConfigReader(config))
 
 
-def model_spec(folder: CheckpointFolder) -> DecoderSpec:
+def model_spec(folder: TensorSource) -> DecoderSpec:
     """Return what the model in `folder` computes, with the tensor names that its checkpoint uses.
 
     Raises:

@@ -14,6 +14,7 @@ import torch
 import optgptq
 from optgptq.environment import read_environment
 from optgptq.kernels import choose_affine_matmul
+from optgptq.native.library import load_library
 from optgptq.reports.memory import available_memory_bytes, total_memory_bytes
 
 _PACKAGES = (
@@ -83,7 +84,7 @@ def examine(folder: Path) -> DoctorReport:
         free_disk_bytes=shutil.disk_usage(folder).free,
         disk_folder=str(folder),
         devices=devices,
-        kernels=tuple(_kernel_line(name) for name in reversed(kinds.values())),
+        kernels=(*(_kernel_line(name) for name in reversed(kinds.values())), _solver_line(), _moment_line()),
         offline=read_environment().offline,
     )
 
@@ -116,3 +117,27 @@ def _devices() -> dict[str, str]:
 def _kernel_line(device: str) -> KernelLine:
     choice = choose_affine_matmul(torch.device(device), torch.float32)
     return KernelLine(operation=choice.operation, device=device, name=choice.name, reason=choice.reason)
+
+
+def _solver_line() -> KernelLine:
+    library = load_library()
+    if library is None:
+        return KernelLine(
+            operation="gptq_walk",
+            device="cpu",
+            name="torch",
+            reason="the compiled inner loops are not there, so a solve takes several times as long; "
+            "install the package where there is a C++ compiler",
+        )
+    reason = f"compiled inner loops; this processor runs {', '.join(library.paths)}"
+    return KernelLine(operation="gptq_walk", device="cpu", name=library.paths[0], reason=reason)
+
+
+def _moment_line() -> KernelLine:
+    library = load_library()
+    if library is None or not library.bfloat16_products:
+        missing = "the compiled inner loops are" if library is None else "the processor's instruction AVX512_BF16 is"
+        reason = f"{missing} not there, so sums over bfloat16 inputs are float32 products, at about twice the time"
+        return KernelLine(operation="input_moment", device="cpu", name="torch", reason=reason)
+    reason = "sums over bfloat16 inputs by the processor's own instruction; other inputs by torch"
+    return KernelLine(operation="input_moment", device="cpu", name="avx512_bf16", reason=reason)

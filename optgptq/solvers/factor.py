@@ -38,16 +38,24 @@ class Factor:
 
 
 def factor_moment(
-    moment_II: torch.Tensor, *, name: str, order: ColumnOrder, group_size: int, damp_ratio: float, dtype: torch.dtype
+    moment_II: torch.Tensor,
+    *,
+    name: str,
+    order: ColumnOrder,
+    group_size: int,
+    damp_ratio: float,
+    dtype: torch.dtype,
+    what: str = "input moment",
 ) -> Factor:
-    """Order, damp and factor a moment `[I, I]`.
+    """Order, damp and factor a moment `[I, I]`; `name` and `what` are for messages.
 
     Raises:
         NumericalError: the moment is not finite, or no damping up to the mean diagonal makes it positive definite.
     """
-    if not bool(torch.isfinite(moment_II).all()):
+    # A NaN is the smallest and the largest of all; isfinite of every number took twenty times as long.
+    if not bool(torch.isfinite(torch.stack(moment_II.aminmax())).all()):
         raise NumericalError(
-            f"{name}: input moment",
+            f"{name}: {what}",
             expected="finite values",
             found="NaN or infinity",
             action="Check the model's weights and the calibration text; an overflow in float16 is the usual cause.",
@@ -60,7 +68,7 @@ def factor_moment(
     alive_II = moment_II.clone()
     alive_II.diagonal()[dead_I] = mean_diagonal
     order_I = column_order(alive_II, order, group_size, damp=damp_ratio * mean_diagonal)
-    permuted_II = alive_II[order_I][:, order_I]
+    permuted_II = alive_II.index_select(0, order_I).index_select(1, order_I)
     ratios = (damp_ratio, *(ratio for ratio in DAMPING_LADDER if ratio > damp_ratio))
     for ratio in ratios:
         upper_II = reverse_cholesky(permuted_II, damp=ratio * mean_diagonal)
@@ -68,10 +76,20 @@ def factor_moment(
             added_I = (dead_I.to(dtype) + ratio)[order_I] * mean_diagonal
             return Factor(order_I, upper_II, ratio, dead_I, added_I)
     raise NumericalError(
-        f"{name}: input moment",
+        f"{name}: {what}",
         expected="a matrix that damping makes positive definite",
         found=f"a failed factorization at each of the damping ratios {ratios}",
         action="Use more calibration text, or calibration.moment_dtype=float64.",
+    )
+
+
+def damping_notes(factor: Factor, damp_ratio: float) -> tuple[str, ...]:
+    """Return a sentence where more damping than the asked ratio was needed."""
+    if factor.damp_ratio_used <= damp_ratio:
+        return ()
+    return (
+        f"damping was raised from {damp_ratio:g} to {factor.damp_ratio_used:g} of the mean diagonal, "
+        "because the input moment could not be factored",
     )
 
 

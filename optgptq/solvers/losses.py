@@ -28,12 +28,16 @@ def factored_energy(columns_IO: torch.Tensor, upper_II: torch.Tensor, added_I: t
 
     Half the work of a product with `H`: `P` is triangular. Columns are in the walk's order.
     """
-    added_O = (added_I @ columns_IO.square()).to(torch.float64)
-    damped_O = torch.zeros_like(added_O)
+    damped_O = columns_IO.new_zeros(columns_IO.shape[1], dtype=torch.float64)
     for begin in range(0, columns_IO.shape[0], _COLUMNS_PER_PRODUCT):
         end = begin + _COLUMNS_PER_PRODUCT
         weighted_CO = upper_II[:end, begin:end].T @ columns_IO[:end]
         damped_O += weighted_CO.square_().sum(dim=0, dtype=torch.float64)
+    return undamped_energy(damped_O, columns_IO, added_I)
+
+
+def undamped_energy(damped_O: torch.Tensor, columns_IO: torch.Tensor, added_I: torch.Tensor) -> torch.Tensor:
+    """Return float64 `[O]`, the energy `damped_O` (float64) without what damping added: `- sum_i added_i x_i^2`."""
+    energy_O = damped_O - (added_I @ columns_IO.square()).to(torch.float64)
     # What the arithmetic cannot tell from zero is zero.
-    energy_O = damped_O - added_O
     return energy_O.where(energy_O > 16 * torch.finfo(columns_IO.dtype).eps * damped_O, 0.0)

@@ -11,9 +11,10 @@ import torch
 
 from optgptq.affine_weight import AffineWeight
 from optgptq.grids.affine import nearest_codes
-from optgptq.grids.search import ErrorPrice, find_grids
+from optgptq.grids.search import ErrorPrice
 from optgptq.solvers.losses import row_losses
 from optgptq.solvers.problem import LayerProblem, LayerSolution
+from optgptq.solvers.rounding import find_group_grids
 
 
 def solve(problem: LayerProblem) -> LayerSolution:
@@ -32,9 +33,11 @@ def solve(problem: LayerProblem) -> LayerSolution:
     for begin in range(0, num_columns, group_size):
         block_LL = moment_II[begin : begin + group_size, begin : begin + group_size]
         price = ErrorPrice(block_LL.diagonal(), block_LL)
-        scale_KO, zero_point_KO = find_grids(weight_OI[:, begin : begin + group_size].T, price, grid, count=1)
-        scales.append(scale_KO[0])
-        zero_points.append(zero_point_KO[0])
+        scale_O, zero_point_O = find_group_grids(
+            weight_OI[:, begin : begin + group_size].T, price, grid, backend=problem.settings.backend
+        )
+        scales.append(scale_O)
+        zero_points.append(zero_point_O)
     weight, clipped_O = round_to_nearest(
         weight_OI,
         torch.stack(scales, dim=1),

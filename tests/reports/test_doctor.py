@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import optgptq
-from optgptq.reports import memory
+from optgptq.native.library import Library
+from optgptq.reports import doctor, memory
 from optgptq.reports.doctor import examine
 
 
@@ -21,6 +23,27 @@ def test_the_report_says_what_this_process_has(tmp_path):
     assert report.devices["cpu"]
     first = report.kernels[0]
     assert (first.operation, first.device, first.name) == ("affine_matmul", "cpu", "reference")
+
+
+def test_the_report_says_who_runs_the_inner_loops(tmp_path, monkeypatch):
+    library = Library(shared=None, paths=("avx2", "portable"), bfloat16_products=False)
+    monkeypatch.setattr(doctor, "load_library", lambda: library)
+    walk, moment = examine(tmp_path).kernels[-2:]
+    assert (walk.operation, walk.name) == ("gptq_walk", "avx2")
+    assert "avx2, portable" in walk.reason
+    assert (moment.operation, moment.name) == ("input_moment", "torch")
+    assert "AVX512_BF16 is not there" in moment.reason
+    monkeypatch.setattr(doctor, "load_library", lambda: replace(library, bfloat16_products=True))
+    assert examine(tmp_path).kernels[-1].name == "avx512_bf16"
+
+
+def test_the_report_says_what_is_lost_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "load_library", lambda: None)
+    walk, moment = examine(tmp_path).kernels[-2:]
+    assert (walk.name, moment.name) == ("torch", "torch")
+    assert "several times as long" in walk.reason
+    assert "compiler" in walk.reason
+    assert "twice the time" in moment.reason
 
 
 def test_offline_follows_the_environment(tmp_path, monkeypatch):

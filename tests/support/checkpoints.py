@@ -12,6 +12,7 @@ import torch
 from optgptq.affine_weight import AffineWeight
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.publish import staging_folder
+from optgptq.checkpoint.source import TensorSource
 from optgptq.checkpoint.writer import ShardWriter, TensorEntry
 from optgptq.formats import format_named
 from optgptq.formats.checkpoint import copy_dense, plan_entries, write_side_files
@@ -91,9 +92,7 @@ def mixed_story_layouts() -> list[LinearLayout]:
     return layouts
 
 
-def quantize_all(
-    source: CheckpointFolder, layouts: Sequence[LinearLayout], *, format_name: str
-) -> dict[str, AffineWeight]:
+def quantize_all(source: TensorSource, layouts: Sequence[LinearLayout], *, format_name: str) -> dict[str, AffineWeight]:
     """Round-to-nearest weights of all quantized layouts, by name, with the scale dtype of the format."""
     form = format_named(format_name)
     weights = {}
@@ -106,7 +105,7 @@ def quantize_all(
 
 
 def write_checkpoint(
-    source: CheckpointFolder,
+    source: TensorSource,
     output: Path,
     layouts: Sequence[LinearLayout],
     weights: Mapping[str, AffineWeight],

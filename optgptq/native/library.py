@@ -1,0 +1,75 @@
+"""The shared object with the compiled inner loops: found, loaded and described.
+
+It is built with the package where there is a C++ compiler (`source/`); without it torch does the same work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Literal
+
+Backend = Literal["auto", "torch", "portable", "avx2", "avx512"]
+"""Who runs an inner loop: the fastest there is, torch, or the compiled code for one instruction set."""
+
+# The numbers are those of `source/interface.cpp`; the fastest comes first.
+PATHS = {"avx512": 2, "avx2": 1, "portable": 0}
+_FOLDER = Path(__file__).parent
+_NO_MEMORY = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Library:
+    """The loaded shared object.
+
+    Attributes:
+        shared: its functions.
+        paths: instruction sets that this processor has, the fastest first.
+        bfloat16_products: whether it has the instruction for sums of products of bfloat16 numbers.
+    """
+
+    shared: ctypes.CDLL
+    paths: tuple[str, ...]
+    bfloat16_products: bool
+
+    @property
+    def name(self) -> str:
+        """What runs: the fastest path, and whether bfloat16 has its own instruction."""
+        return f"{self.paths[0]}, bfloat16 products" if self.bfloat16_products else self.paths[0]
+
+
+@cache
+def load_library(folder: Path = _FOLDER) -> Library | None:
+    """Return the library in `folder`, or None where it was not built or the system does not load it."""
+    files = (folder / f"_core{suffix}" for suffix in EXTENSION_SUFFIXES)
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        return None
+    try:
+        shared = ctypes.CDLL(str(found))
+    except OSError:
+        return None
+    shared.optgptq_round_group.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    shared.optgptq_add_bfloat16_moment.argtypes = [pointer, integer, integer, integer, pointer, integer, integer]
+    return Library(
+        shared=shared,
+        paths=tuple(name for name, number in PATHS.items() if shared.optgptq_supported(number)),
+        bfloat16_products=bool(shared.optgptq_has_bfloat16_products()),
+    )
+
+
+def native_name() -> str:
+    """Return what runs the inner loops on a processor, for records and reports; `torch` where nothing was built."""
+    library = load_library()
+    return "torch" if library is None else library.name
+
+
+def check_done(status: int) -> None:
+    """Raise MemoryError where the library ran out of memory; that is all that can go wrong in it."""
+    if status == _NO_MEMORY:
+        raise MemoryError("the native inner loops got no work space")
+    assert status == 0, f"the native library returned {status}"
