@@ -60,10 +60,15 @@ class JobRecord:
                 "damp_ratio_used": solution.damp_ratio_used,
                 "num_dead_inputs": solution.num_dead_inputs,
                 "notes": list(solution.notes),
+                **_shift(solved),
                 **_reason(solved.plan),
             }
         )
         self.warnings += [f"{layout.name}: {note}" for note in solution.notes]
+
+
+def _shift(solved: SolvedLinear) -> dict[str, float]:
+    return {} if solved.shift_strength is None else {"shift_strength": solved.shift_strength}
 
 
 def _reason(plan: LinearPlan) -> dict[str, str]:

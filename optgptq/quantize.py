@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import optgptq
-from optgptq.calibration.layer import LayerCalibration, LayerSettings, SolvedLinear
-from optgptq.calibration.stream import embed
+from optgptq.calibration.layer import SolvedLinear
+from optgptq.calibration.start import start_calibration
 from optgptq.calibration_text import calibration_windows
 from optgptq.checkpoint.folder import CONFIG_FILE, CheckpointFolder
 from optgptq.checkpoint.manifest import describe_files, write_manifest
@@ -24,9 +24,8 @@ from optgptq.formats import CheckpointFormat, detect, format_named
 from optgptq.formats.checkpoint import copy_dense, plan_entries, write_side_files
 from optgptq.formats.verify import verify_written, weight_digest
 from optgptq.job_record import JobRecord
-from optgptq.models.attention import attention_context
 from optgptq.models.checks import check_inventory
-from optgptq.models.loading import load_embedding, load_layer
+from optgptq.models.loading import load_layer
 from optgptq.models.registry import model_spec
 from optgptq.native.library import native_name
 from optgptq.plan import outer_layouts, plan_linears
@@ -36,7 +35,9 @@ from optgptq.reports import events
 from optgptq.reports.events import ProgressListener, ignore_progress
 from optgptq.reports.memory import peak_memory_bytes, return_free_memory
 from optgptq.runtime.device import compute_dtype, require_device
-from optgptq.solvers import SolverSettings
+from optgptq.transforms.checks import transform_warnings
+from optgptq.transforms.settings import TransformSettings
+from optgptq.transforms.source import transformed_source
 
 # Safetensors headers, JSON files and the copies of small files, beside the tensors themselves.
 _SMALL_FILES_BYTES = 32 * 2**20
@@ -82,7 +83,7 @@ def quantize(
         job = _Job(CheckpointFolder.open(model), recipe, device=device, progress=progress)
         digests = job.run(staging.path)
         progress(events.PhaseStarted(name="verifying", detail="reading back every tensor"))
-        verify_written(CheckpointFolder.open(staging.path), job.source, job.layouts, digests)
+        verify_written(CheckpointFolder.open(staging.path), job.tensors, job.layouts, digests)
         manifest = job.manifest()
         write_manifest(staging.path, manifest)
         staging.publish()
@@ -106,11 +107,13 @@ class _Job:
         self.progress = progress
         self.form: CheckpointFormat = format_named(recipe.export.format)
         _require_dense(source)
-        self.spec = model_spec(source)
-        check_inventory(source, self.spec)
+        self.original_spec = model_spec(source)
+        check_inventory(source, self.original_spec)
+        # What is quantized; the same as the source where no transform is asked.
+        self.tensors, self.spec = transformed_source(source, self.original_spec, _transform_settings(recipe))
         self.plans = plan_linears(self.spec, recipe, self.form)
         self.layouts = [*(plan.layout for plan in self.plans), *outer_layouts(self.spec)]
-        weight_dtype = source.info(f"{self.plans[0].info.name}.weight").torch_dtype
+        weight_dtype = self.tensors.info(f"{self.plans[0].info.name}.weight").torch_dtype
         self.dtype = compute_dtype(weight_dtype, self.device, wanted=recipe.calibration.compute_dtype)
         self.scale_dtype = self.form.scale_dtype(weight_dtype)
         self.record = JobRecord(zero_points_stored=self.form.stores_symmetric_zero_points)
@@ -123,16 +126,24 @@ class _Job:
     def run(self, folder: Path) -> dict[str, str]:
         """Write the whole checkpoint but for its manifest into `folder`; return the digest of each quantized weight."""
         self._announce()
-        entries = plan_entries(self.source, self.layouts, self.form)
+        entries = plan_entries(self.tensors, self.layouts, self.form)
         require_disk_space(folder, sum(entry.num_bytes for entry in entries) + _SMALL_FILES_BYTES)
         self.windows = windows = self._read_windows()
         writer = ShardWriter(folder, entries, max_shard_bytes=self.recipe.export.max_shard_bytes)
         digests: dict[str, str] = {}
-        calibration = self._embed(windows)
+        calibration = start_calibration(
+            self.tensors,
+            self.spec,
+            self.recipe,
+            windows,
+            dtype=self.dtype,
+            device=self.device,
+            stage_started=lambda index, stage: self.progress(events.StageStarted(layer_index=index, stage=stage)),
+        )
         for index in range(self.spec.num_layers):
             layer_started = time.perf_counter()
             self.progress(events.DecoderLayerStarted(index=index))
-            layer = load_layer(self.source, self.spec, index, dtype=self.dtype, device=self.device)
+            layer = load_layer(self.tensors, self.spec, index, dtype=self.dtype, device=self.device)
             plans = [plan for plan in self.plans if plan.info.layer_index == index]
             for solved in calibration.run(layer, plans):
                 self._write(solved, writer, digests)
@@ -140,9 +151,9 @@ class _Job:
             return_free_memory()
             self._finish_layer(index, calibration.output_error(), time.perf_counter() - layer_started)
         self.progress(events.PhaseStarted(name="writing", detail="dense tensors and side files"))
-        copy_dense(self.source, writer, self.layouts)
+        copy_dense(self.tensors, writer, self.layouts)
         writer.finish()
-        write_side_files(self.source, folder, self.form, self.layouts)
+        write_side_files(self.tensors, folder, self.form, self.layouts)
         return digests
 
     def manifest(self) -> dict[str, Any]:
@@ -184,46 +195,22 @@ class _Job:
         )
         for warning in self.form.check(self.layouts, scale_dtype=self.scale_dtype):
             self._warn(warning)
+        for warning in transform_warnings(self.original_spec, _transform_settings(self.recipe)):
+            self._warn(warning)
 
     def _read_windows(self) -> Windows:
         self.progress(events.PhaseStarted(name="calibration text", detail=self.recipe.calibration.source))
         windows, warnings = calibration_windows(
-            self.source, self.spec, self.recipe.calibration, dtype=self.dtype, device=str(self.device)
+            self.source, self.original_spec, self.recipe.calibration, dtype=self.dtype, device=str(self.device)
         )
         for warning in warnings:
             self._warn(warning)
         return windows
 
-    def _embed(self, windows: Windows) -> LayerCalibration:
-        calibration, weights = self.recipe.calibration, self.recipe.weights
-        embedding = load_embedding(self.source, self.spec, dtype=self.dtype, device=self.device)
-        context = attention_context(self.spec, windows.window_size, dtype=self.dtype, device=self.device)
-        measure_full_precision = calibration.moment_stream == "full_precision"
-        num_reference = windows.num_windows if measure_full_precision else calibration.full_precision_windows
-        batch = calibration.windows_per_batch
-        reference = windows.first(num_reference)
-        settings = LayerSettings(
-            solver=SolverSettings(
-                order=weights.order,
-                damp_ratio=weights.damp_ratio,
-                column_block=weights.column_block,
-                dtype=getattr(torch, weights.solver_dtype),
-            ),
-            moment_dtype=getattr(torch, calibration.moment_dtype),
-            true_sequential=weights.true_sequential,
-            measure_full_precision=measure_full_precision,
-        )
-        return LayerCalibration(
-            embed(windows, embedding, context, windows_per_batch=batch),
-            embed(reference, embedding, context, windows_per_batch=batch) if num_reference else None,
-            settings,
-            stage_started=lambda index, stage: self.progress(events.StageStarted(layer_index=index, stage=stage)),
-        )
-
     def _write(self, solved: SolvedLinear, writer: ShardWriter, digests: dict[str, str]) -> None:
         layout, solution = solved.plan.layout, solved.solution
         # Checkpoints may keep some linears in another dtype than the rest.
-        dense_dtype = self.source.info(f"{layout.name}.weight").torch_dtype
+        dense_dtype = self.tensors.info(f"{layout.name}.weight").torch_dtype
         weight = None if solution is None else solution.weight.with_scale_dtype(self.form.scale_dtype(dense_dtype))
         self.record.add_linear(solved, weight)
         if weight is not None:
@@ -255,6 +242,16 @@ class _Job:
     def _warn(self, message: str) -> None:
         self.record.warnings.append(message)
         self.progress(events.WarningRaised(message=message))
+
+
+def _transform_settings(recipe: Recipe) -> TransformSettings:
+    transform = recipe.transform
+    return TransformSettings(
+        fold_norms=transform.fold_norms,
+        residual_rotation=transform.residual_rotation,
+        value_rotation=transform.value_rotation,
+        seed=transform.seed,
+    )
 
 
 def _require_dense(source: CheckpointFolder) -> None:

@@ -2,18 +2,23 @@
 
 The quantized stream runs through the layers as they have been quantized so far; the full-precision stream runs through
 the original ones. Moments are taken from the stream that the recipe names, stage by stage, so that each stage is
-measured behind the stages before it as they were quantized (the true-sequential order), or all in one pass.
+measured behind the stages before it as they were quantized (the true-sequential order), or all in one pass. Where a
+target shift is asked, both streams hold the same windows, and what lies between them moves the target of every linear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from optgptq.calibration.attention_stage import AttentionSettings, AttentionStage
+from optgptq.calibration.measure import measure_stage
 from optgptq.calibration.moments import InputMoment
+from optgptq.calibration.statistics import StageStatistics
 from optgptq.calibration.stream import ActivationStream, output_error
+from optgptq.calibration.targets import ShiftSettings, Target, shifted_targets
 from optgptq.models.layer import DecoderLayer
 from optgptq.models.linear import Linear
 from optgptq.models.spec import STAGE_NAMES, StageName
@@ -31,20 +36,29 @@ class LayerSettings:
         moment_dtype: accumulator of the moments.
         true_sequential: stage by stage; False measures all stages in one pass.
         measure_full_precision: moments come from the full-precision stream.
+        shift: how targets are shifted; None for not at all. It needs the true-sequential order, moments of the
+            quantized stream, and a full-precision stream of the same windows.
+        attention: what of attention the method `attention_aware` sees; None for nothing.
     """
 
     solver: SolverSettings
     moment_dtype: torch.dtype
     true_sequential: bool
     measure_full_precision: bool
+    shift: ShiftSettings | None = None
+    attention: AttentionSettings | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SolvedLinear:
-    """A linear of the layer and its solution; None where it stays dense."""
+    """A linear of the layer and its solution; None where it stays dense.
+
+    `shift_strength` is the share of the full target shift that was taken, None without one.
+    """
 
     plan: LinearPlan
     solution: LayerSolution | None
+    shift_strength: float | None = None
 
 
 class LayerCalibration:
@@ -58,6 +72,8 @@ class LayerCalibration:
         *,
         stage_started: Callable[[int, StageName], None],
     ) -> None:
+        if settings.shift is not None and full_precision is None:
+            raise ValueError("a target shift needs a full-precision stream")
         self.quantized = quantized
         self.full_precision = full_precision
         self.settings = settings
@@ -71,11 +87,13 @@ class LayerCalibration:
         """
         original = layer.copy()
         stages = {stage: [plan for plan in plans if plan.info.stage == stage] for stage in STAGE_NAMES}
-        moments = None if self.settings.true_sequential else self._measure_all(layer, stages)
+        measured = None if self.settings.true_sequential else self._measure_all(layer, stages)
         for stage, stage_plans in stages.items():
             self._stage_started(layer.index, stage)
-            moment = self._measure(original, layer, stage, stage_plans) if moments is None else moments[stage]
-            yield from self._solve(layer, stage_plans, moment)
+            statistics = self._measure(original, layer, stage, stage_plans) if measured is None else measured[stage]
+            for solved in self._solve(original, layer, stage_plans, statistics):
+                _replace(layer, solved)
+                yield solved
             self.quantized.advance(layer, stage)
             if self.full_precision is not None:
                 self.full_precision.advance(original, stage)
@@ -91,56 +109,126 @@ class LayerCalibration:
 
     def _measure(
         self, original: DecoderLayer, layer: DecoderLayer, stage: StageName, plans: Sequence[LinearPlan]
-    ) -> InputMoment:
+    ) -> StageStatistics:
+        reads = plans[0].info.name
+        if self.settings.shift is not None and self.full_precision is not None:
+            streams = (self.quantized, self.full_precision)
+            return measure_stage(streams, (layer, original), stage, self._moment(plans, self.quantized), reads=reads)
         stream = self._measured_stream()
         measured_layer = layer if stream is self.quantized else original
         moment = self._moment(plans, stream)
-        stream.measure(measured_layer, stage, moment, reads=plans[0].info.name, keep=stage == "down")
-        return moment
+        stream.measure(measured_layer, stage, moment, reads=reads, keep=stage == "down")
+        return StageStatistics(moment)
 
     def _measure_all(
         self, layer: DecoderLayer, stages: dict[StageName, list[LinearPlan]]
-    ) -> dict[StageName, InputMoment]:
+    ) -> dict[StageName, StageStatistics]:
         stream = self._measured_stream()
         moments = {stage: self._moment(plans, stream) for stage, plans in stages.items()}
         reads = {stage: plans[0].info.name for stage, plans in stages.items()}
         stream.measure_whole_layer(layer, moments, reads=reads)
-        return moments
+        return {stage: StageStatistics(moment) for stage, moment in moments.items()}
 
     def _moment(self, plans: Sequence[LinearPlan], stream: ActivationStream) -> InputMoment:
         device = stream.batches[0].state.hidden_BSM.device
         return InputMoment(plans[0].info.in_features, dtype=self.settings.moment_dtype, device=device)
 
-    def _solve(self, layer: DecoderLayer, plans: Sequence[LinearPlan], moment: InputMoment) -> Iterator[SolvedLinear]:
-        mean_II = moment.mean()
-        remaining = list(plans)
-        while remaining:
-            alike = [plan for plan in remaining if _solved_alike(plan, remaining[0])]
-            remaining = [plan for plan in remaining if plan not in alike]
-            if alike[0].grid is None:
-                yield from (SolvedLinear(plan, None) for plan in alike)
-                continue
+    def _solve(
+        self, original: DecoderLayer, layer: DecoderLayer, plans: Sequence[LinearPlan], statistics: StageStatistics
+    ) -> Iterator[SolvedLinear]:
+        yield from (SolvedLinear(plan, None) for plan in plans if plan.grid is None)
+        quantized = [plan for plan in plans if plan.grid is not None]
+        if not quantized:
+            return
+        mean_II = statistics.moment.mean()
+        targets = self._targets(layer, quantized, mean_II, statistics)
+        if self._sees_attention(plans):
+            yield from self._solve_attention(original, layer, quantized, targets, (mean_II, statistics))
+            return
+        while quantized:
+            alike = [plan for plan in quantized if _solved_alike(plan, quantized[0])]
+            quantized = [plan for plan in quantized if plan not in alike]
             problems = [
-                LayerProblem(
-                    name=plan.info.name,
-                    weight_OI=_dense_linear(layer, plan).weight_OI,
-                    input_moment_II=mean_II,
-                    num_tokens=moment.num_tokens,
-                    grid=alike[0].grid,
-                    settings=self.settings.solver,
-                )
-                for plan in alike
+                self._problem(plan, targets[plan.info.local_name].weight_OI, mean_II, statistics) for plan in alike
             ]
             for plan, solution in zip(alike, solve_together(SOLVERS[alike[0].method], problems), strict=True):
-                dense = _dense_linear(layer, plan)
-                layer.linears[plan.info.local_name] = Linear(
-                    solution.weight.dequantize(dense.weight_OI.dtype), dense.bias_O
-                )
-                yield SolvedLinear(plan, solution)
+                yield _solved(plan, solution, targets[plan.info.local_name])
+
+    def _targets(
+        self, layer: DecoderLayer, plans: Sequence[LinearPlan], mean_II: torch.Tensor, statistics: StageStatistics
+    ) -> dict[str, Target]:
+        dense = {plan.info.local_name: _dense_linear(layer, plan).weight_OI for plan in plans}
+        if statistics.drift is None or self.settings.shift is None:
+            return {name: Target(weight_OI) for name, weight_OI in dense.items()}
+        return shifted_targets(dense, mean_II, statistics.drift, self.settings.shift)
+
+    def _problem(
+        self, plan: LinearPlan, weight_OI: torch.Tensor, mean_II: torch.Tensor, statistics: StageStatistics
+    ) -> LayerProblem:
+        assert plan.grid is not None
+        return LayerProblem(
+            name=plan.info.name,
+            weight_OI=weight_OI,
+            input_moment_II=mean_II,
+            num_tokens=statistics.moment.num_tokens,
+            grid=plan.grid,
+            settings=self.settings.solver,
+        )
+
+    def _sees_attention(self, plans: Sequence[LinearPlan]) -> bool:
+        """Say whether all linears of a stage are solved together for what attention makes of them."""
+        attention = self.settings.attention
+        return (
+            plans[0].info.stage == "qkv"
+            and attention is not None
+            and all(plan.grid is not None and plan.method == "attention_aware" for plan in plans)
+        )
+
+    def _solve_attention(
+        self,
+        original: DecoderLayer,
+        layer: DecoderLayer,
+        plans: Sequence[LinearPlan],
+        targets: dict[str, Target],
+        measured: tuple[torch.Tensor, StageStatistics],
+    ) -> Iterator[SolvedLinear]:
+        assert self.settings.attention is not None
+        shift = self.settings.shift
+        stage = AttentionStage(
+            layer=layer.copy(),
+            original=original,
+            quantized=self.quantized,
+            full_precision=None if shift is None else self.full_precision,
+            settings=self.settings.attention,
+            solver=SOLVERS["attention_aware"],
+            shift=shift or ShiftSettings(strength=0.0),
+            moment_dtype=self.settings.moment_dtype,
+        )
+        problems = {
+            plan.info.local_name: self._problem(plan, targets[plan.info.local_name].weight_OI, *measured)
+            for plan in plans
+        }
+        solutions = dict(stage.solve(problems))
+        for plan in plans:
+            name = plan.info.local_name
+            yield _solved(plan, solutions[name], targets[name])
+
+
+def _solved(plan: LinearPlan, solution: LayerSolution, target: Target) -> SolvedLinear:
+    notes = tuple(dict.fromkeys((*target.notes, *solution.notes)))
+    return SolvedLinear(plan, replace(solution, notes=notes), target.shift_strength)
 
 
 def _solved_alike(first: LinearPlan, second: LinearPlan) -> bool:
     return first.method == second.method and first.grid == second.grid
+
+
+def _replace(layer: DecoderLayer, solved: SolvedLinear) -> None:
+    if solved.solution is None:
+        return
+    dense = _dense_linear(layer, solved.plan)
+    weight_OI = solved.solution.weight.dequantize(dense.weight_OI.dtype)
+    layer.linears[solved.plan.info.local_name] = Linear(weight_OI, dense.bias_O)
 
 
 def _dense_linear(layer: DecoderLayer, plan: LinearPlan) -> Linear:

@@ -32,12 +32,14 @@ class Batch:
         first_window: index of the first of them among all windows.
         valid_BS: bool, False at padding; None where no window is padded.
         state: activations between two stages.
+        held_out: these windows choose among solutions and count in no moment.
         kept_input_BSI: inputs of the stage that was measured last, where they were kept.
     """
 
     first_window: int
     valid_BS: torch.Tensor | None
     state: LayerState
+    held_out: bool = False
     kept_input_BSI: torch.Tensor | None = None
 
 
@@ -68,12 +70,16 @@ class ActivationStream:
         """
         for batch in self.batches:
             inputs_BSI = layer.stage_input(stage, batch.state, self.context)
-            moment.add(inputs_BSI, batch.valid_BS)
-            if not moment.is_finite():
-                raise _not_finite(inputs_BSI, batch, reads, dtype=moment.sum_II.dtype)
-            if keep and self.kept_bytes + inputs_BSI.nbytes <= KEPT_BYTES:
-                self.kept_bytes += inputs_BSI.nbytes
-                batch.kept_input_BSI = inputs_BSI
+            if not batch.held_out:
+                add_inputs(moment, inputs_BSI, batch, reads=reads)
+            if keep:
+                self.keep(batch, inputs_BSI)
+
+    def keep(self, batch: Batch, inputs_BSI: torch.Tensor) -> None:
+        """Keep the inputs of a stage for `advance` where there is room."""
+        if self.kept_bytes + inputs_BSI.nbytes <= KEPT_BYTES:
+            self.kept_bytes += inputs_BSI.nbytes
+            batch.kept_input_BSI = inputs_BSI
 
     def advance(self, layer: DecoderLayer, stage: StageName) -> None:
         """Apply the linears of `stage` to every batch."""
@@ -90,27 +96,44 @@ class ActivationStream:
             state = batch.state
             for stage, moment in moments.items():
                 inputs_BSI = layer.stage_input(stage, state, self.context)
-                moment.add(inputs_BSI, batch.valid_BS)
-                if not moment.is_finite():
-                    raise _not_finite(inputs_BSI, batch, reads[stage], dtype=moment.sum_II.dtype)
+                if not batch.held_out:
+                    add_inputs(moment, inputs_BSI, batch, reads=reads[stage])
                 state = layer.advance(stage, state, self.context, stage_input_BSI=inputs_BSI)
 
 
+def add_inputs(moment: InputMoment, inputs_BSI: torch.Tensor, batch: Batch, *, reads: str) -> None:
+    """Add a batch to a moment; `reads` is the full name of a linear of the stage, for the message.
+
+    Raises:
+        NumericalError: a value is not finite, or its square overflows.
+    """
+    moment.add(inputs_BSI, batch.valid_BS)
+    if not moment.is_finite():
+        raise _not_finite(inputs_BSI, batch, reads, dtype=moment.sum_II.dtype)
+
+
 def embed(
-    windows: Windows, embedding: Embedding, context: AttentionContext, *, windows_per_batch: int | None
+    windows: Windows,
+    embedding: Embedding,
+    context: AttentionContext,
+    *,
+    windows_per_batch: int | None,
+    num_held_out: int = 0,
 ) -> ActivationStream:
-    """Return the stream of `windows` before the first decoder layer."""
+    """Return the stream of `windows` before the first decoder layer; the last `num_held_out` are in no moment."""
     size = windows_per_batch or max(TOKENS_PER_BATCH // windows.window_size, 1)
     device = embedding.tokens_VE.device
     positions_S = torch.arange(windows.window_size)
     batches = []
-    for first in range(0, windows.num_windows, size):
-        tokens_BS = windows.tokens_WS[first : first + size]
-        lengths_B = windows.lengths_W[first : first + size]
+    num_measured = windows.num_windows - num_held_out
+    firsts = [*range(0, num_measured, size), *range(num_measured, windows.num_windows, size)]
+    for first, end in zip(firsts, [*firsts[1:], windows.num_windows], strict=True):
+        tokens_BS = windows.tokens_WS[first:end]
+        lengths_B = windows.lengths_W[first:end]
         padded = bool((lengths_B < windows.window_size).any())
         valid_BS = (positions_S < lengths_B[:, None]).to(device) if padded else None
         hidden_BSM = embedding.embed(tokens_BS.to(device), context)
-        batches.append(Batch(first, valid_BS, LayerState(hidden_BSM=hidden_BSM)))
+        batches.append(Batch(first, valid_BS, LayerState(hidden_BSM=hidden_BSM), held_out=first >= num_measured))
     return ActivationStream(batches, context)
 
 

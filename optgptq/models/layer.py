@@ -111,6 +111,16 @@ class DecoderLayer:
         output_BSM = self.linears[name](inputs_BSI)
         return self._after_attention(state, output_BSM) if stage == "o" else self._after_mlp(state, output_BSM)
 
+    def residual(self, stage: StageName, state: LayerState) -> torch.Tensor | None:
+        """Return what the output of `stage` is added to, `[B, S, M]`; None where it is normed first, or not added."""
+        norms = self.norms
+        if stage == "o" and norms.attention_output is None:
+            return self._residual(norms.attention, state.hidden_BSM)
+        if stage == "down" and norms.mlp_output is None:
+            residual_BSM = self._residual(norms.mlp, state.hidden_BSM)
+            return residual_BSM if state.attention_BSM is None else residual_BSM + state.attention_BSM
+        return None
+
     def project_heads(
         self, inputs_BSM: torch.Tensor, context: AttentionContext
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

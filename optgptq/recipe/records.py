@@ -23,12 +23,16 @@ from pydantic_core import PydanticCustomError
 
 LONGEST_PATTERN = 1000
 
-Method = Literal["rtn", "gptq"]
+Method = Literal["rtn", "gptq", "attention_aware"]
 Bits = Literal[2, 3, 4, 8]
 ColumnOrder = Literal["natural", "activation", "group_aware", "min_pivot"]
 GridSearch = Literal["minmax", "mse", "hessian", "pivot", "walk"]
 GroupGrids = Literal["dynamic", "static"]
 FloatDtype = Literal["float32", "float64"]
+TargetShift = Literal["off", "exact"]
+AttentionRows = Literal["off", "pooled", "softmax"]
+RowOrder = Literal["natural", "activation"]
+Rotation = Literal["none", "hadamard", "random"]
 BosPolicy = Literal["none", "window", "document"]
 WindowLayout = Literal["packed", "documents"]
 FormatName = Literal["gptq", "gptq_v2", "compressed-tensors"]
@@ -66,6 +70,7 @@ def _size_in_bytes(value: object) -> object:
 Pattern = Annotated[StrictStr, AfterValidator(_checked_pattern), Field(json_schema_extra={"format": "regex"})]
 GroupSize = Literal[-1] | Annotated[int, Field(strict=True, ge=16, le=1024)]
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 SizeText = Annotated[str, Field(examples=["5GB"])]
 ByteCount = Annotated[
     int,
@@ -97,7 +102,9 @@ class WeightRecipe(Section):
     """How weights are quantized."""
 
     method: Method = Field(
-        default="gptq", description="rtn rounds to nearest; gptq compensates each column's error in the next"
+        default="gptq",
+        description="rtn rounds to nearest; gptq compensates each column's error in the next; attention_aware also "
+        "sees what attention makes of queries, keys and values (section attention)",
     )
     bits: Bits = Field(default=4, description="bits per code")
     group_size: GroupSize = Field(default=128, description="columns that share a scale; -1 for one scale per row")
@@ -112,6 +119,16 @@ class WeightRecipe(Section):
     )
     column_block: int = Field(default=16, strict=True, ge=1, le=4096, description="columns updated one by one")
     solver_dtype: FloatDtype = Field(default="float32", description="arithmetic of the solve")
+    target_shift: TargetShift = Field(
+        default="off", description="exact: each linear also makes up for the errors made before it"
+    )
+    shift_strength: Literal["held_out"] | Share = Field(
+        default="held_out", description="share of the target shift; held_out: of each linear what is best on other text"
+    )
+    scale_refit: StrictBool = Field(default=False, description="fit the scales once more to the codes")
+    code_sweeps: int = Field(
+        default=0, strict=True, ge=0, le=100, description="sweeps that move single codes where the loss falls"
+    )
     true_sequential: StrictBool = Field(
         default=True, description="stage by stage inside a decoder layer; false: one pass"
     )
@@ -137,6 +154,39 @@ class WeightRecipe(Section):
                     action="Set weights.group_grids=static, weights.order=group_aware or weights.group_size=-1.",
                 )
         return self
+
+
+class AttentionRecipe(Section):
+    """What of attention the method attention_aware sees; other methods leave it unused."""
+
+    rows: AttentionRows = Field(
+        default="softmax",
+        description="how errors of query and key rows meet: off, pooled over all pairs of tokens, or as softmax "
+        "weighs them",
+    )
+    row_windows: PositiveInt = Field(default=32, description="windows on which that is measured")
+    row_order: RowOrder = Field(default="activation", description="order in which the rows of a head are quantized")
+    row_block: Literal[-1] | PositiveInt = Field(
+        default=1, description="rows of a head whose grids are found together; -1 for the whole head"
+    )
+    values: StrictBool = Field(default=True, description="value heads have input moments behind the attention map")
+    value_rows: StrictBool = Field(
+        default=False, description="errors of value rows meet as the output projection makes them"
+    )
+    value_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.25, description="share of the positions that count in the moments of values"
+    )
+
+
+class TransformRecipe(Section):
+    """Changes of the weights before anything is measured that leave the model's outputs as they are."""
+
+    fold_norms: StrictBool = Field(default=False, description="norm weights go into the linears behind them")
+    residual_rotation: Rotation = Field(
+        default="none", description="orthogonal rotation of the residual stream; folds norms and unties the head"
+    )
+    value_rotation: Rotation = Field(default="none", description="orthogonal rotation of each value head")
+    seed: int = Field(default=0, strict=True, ge=0, lt=2**63, description="seed of the rotations")
 
 
 class CalibrationRecipe(Section):
@@ -170,6 +220,9 @@ class CalibrationRecipe(Section):
     windows_per_batch: PositiveInt | None = Field(default=None, description="windows per forward pass; null: chosen")
     full_precision_windows: int = Field(
         default=4, strict=True, ge=0, description="windows also run through unquantized layers, to measure output error"
+    )
+    held_out_windows: PositiveInt = Field(
+        default=8, description="windows kept out of all moments, on which the strength of the target shift is chosen"
     )
     compute_dtype: Literal["auto", "float32"] = Field(
         default="auto",
@@ -225,6 +278,28 @@ class Recipe(Section):
     name: StrictStr = Field(default="", description="name of the recipe")
     description: StrictStr = Field(default="", description="one line for people")
     weights: WeightRecipe = Field(default=WeightRecipe(), description="how weights are quantized")
+    attention: AttentionRecipe = Field(default=AttentionRecipe(), description="what attention_aware sees")
+    transform: TransformRecipe = Field(default=TransformRecipe(), description="changes before quantization")
     calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="which text is read")
     kv_cache: KVCacheRecipe = Field(default=KVCacheRecipe(), description="how keys and values are kept")
     export: ExportRecipe = Field(default=ExportRecipe(), description="what is written")
+
+    @model_validator(mode="after")
+    def _check_shift(self) -> Self:
+        if self.weights.target_shift == "off":
+            return self
+        if not self.weights.true_sequential:
+            raise impossible(
+                "weights.true_sequential",
+                expected="true where targets are shifted, since each stage makes up for those before it",
+                found=f"false with target_shift {self.weights.target_shift}",
+                action="Set weights.true_sequential=true or weights.target_shift=off.",
+            )
+        if self.calibration.moment_stream != "quantized":
+            raise impossible(
+                "calibration.moment_stream",
+                expected="quantized where targets are shifted",
+                found=f"{self.calibration.moment_stream} with target_shift {self.weights.target_shift}",
+                action="Set calibration.moment_stream=quantized or weights.target_shift=off.",
+            )
+        return self

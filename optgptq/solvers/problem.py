@@ -36,6 +36,8 @@ class SolverSettings:
             the whole head. It chooses grids and nothing else.
         row_mode: how coupled rows with known grids are walked: one after the other, or in anti-diagonals. The codes
             are the same; anti-diagonals take far fewer steps, which counts where each step is a kernel launch.
+        scale_refit: scales are fitted once more to the codes (`optgptq.solvers.refine`).
+        code_sweeps: sweeps of coordinate descent over the codes; 0 for none.
     """
 
     order: ColumnOrder = "group_aware"
@@ -46,6 +48,8 @@ class SolverSettings:
     row_order: RowOrder = "activation"
     row_block: int = 1
     row_mode: RowMode = "rows"
+    scale_refit: bool = False
+    code_sweeps: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -1,6 +1,6 @@
-"""Linears that read the same input are solved as one: one factorization, one walk over the columns.
+"""Linears that read the same input are solved as one, and a linear whose rows are solved apart is put together again.
 
-Rows do not influence each other, so the codes are those of separate solves.
+Rows of different linears do not influence each other, so the codes are those of separate solves.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from optgptq.affine_weight import AffineWeight
 from optgptq.solvers.problem import LayerProblem, LayerSolution, Solver
 
 
@@ -34,3 +35,34 @@ def solve_together(solver: Solver, problems: Sequence[LayerProblem]) -> list[Lay
         solutions.append(solution.rows(begin, end))
         begin = end
     return solutions
+
+
+def put_together(parts: Sequence[tuple[torch.Tensor, LayerSolution]]) -> LayerSolution:
+    """Return one solution of rows that were solved apart.
+
+    Args:
+        parts: for every part the rows it holds, int64, in its own order; together they are every row once.
+    """
+    place_O = torch.cat([rows for rows, _ in parts]).argsort()
+    solutions = [solution for _, solution in parts]
+    first = solutions[0]
+    weight = AffineWeight(
+        codes_OI=torch.cat([solution.weight.codes_OI for solution in solutions])[place_O],
+        scale_OG=torch.cat([solution.weight.scale_OG for solution in solutions])[place_O],
+        zero_point_OG=torch.cat([solution.weight.zero_point_OG for solution in solutions])[place_O],
+        bits=first.weight.bits,
+        group_size=first.weight.group_size,
+        symmetric=first.weight.symmetric,
+    )
+    return LayerSolution(
+        weight=weight,
+        row_energy_O=torch.cat([solution.row_energy_O for solution in solutions])[place_O],
+        row_loss_O=torch.cat([solution.row_loss_O for solution in solutions])[place_O],
+        row_rtn_loss_O=torch.cat([solution.row_rtn_loss_O for solution in solutions])[place_O],
+        row_clipped_O=torch.cat([solution.row_clipped_O for solution in solutions])[place_O],
+        damp_ratio_used=max(solution.damp_ratio_used for solution in solutions),
+        num_dead_inputs=max(solution.num_dead_inputs for solution in solutions),
+        seconds=sum(solution.seconds for solution in solutions),
+        coupled=first.coupled if len(parts) == 1 and bool((place_O.diff() > 0).all()) else None,
+        notes=tuple(dict.fromkeys(note for solution in solutions for note in solution.notes)),
+    )

@@ -1,0 +1,170 @@
+"""Refinement of a finished solution: better scales for its codes, better codes for its scales, in turn.
+
+Each row's loss `(Q - target) H (Q - target)^T`, with the *undamped* moment, falls or stays. A round is the exact
+scales (`optgptq.solvers.refit_scales`), then sweeps of coordinate descent over the codes
+(`optgptq.solvers.descend`); the last round is followed by the scales once more. Zero points stay. It asks for codes
+and scales only, so it serves every solver, rounding to nearest too.
+
+Rows that meet are refined one after the other: with all others of its head held, a row has a problem of its own
+whose target takes their errors in.
+
+Shapes: `O` rows, `I` columns, `G` groups, `R` rows that are refined at once, `N` heads, `D` rows of a head.
+Columns and groups are in the walk's order inside, groups contiguous. Arithmetic is in `dtype`, loss sums in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from optgptq.affine_weight import AffineWeight
+from optgptq.solvers.lanes import Plan, WalkColumns
+
+# Rows refined at once: bounds the memory.
+_ROWS = 2048
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Refined:
+    """A refined weight.
+
+    Attributes:
+        weight: the same grids' zero points with new scales and codes; scales have the dtype they had.
+        row_loss_O: float64 `[O]`, loss of each row under the undamped moment; where rows meet, each row's part of
+            what its head loses.
+    """
+
+    weight: AffineWeight
+    row_loss_O: torch.Tensor
+
+
+def refine(
+    target_OI: torch.Tensor,
+    moment_II: torch.Tensor,
+    weight: AffineWeight,
+    *,
+    scale_refit: bool,
+    code_sweeps: int,
+    rounds: int = 2,
+    dtype: torch.dtype = torch.float32,
+) -> Refined:
+    """Return the weight refined towards a target; no row loses more than before.
+
+    Args:
+        target_OI: what the weight should be, `[O, I]`, any float dtype.
+        moment_II: undamped input moment; columns without one keep their codes.
+        weight: a solution; changed nowhere.
+        scale_refit: whether scales are refitted.
+        code_sweeps: sweeps of coordinate descent in a round; 0 keeps the codes.
+        rounds: how often both take turns.
+        dtype: arithmetic.
+
+    Raises:
+        ValueError: the columns of a group are scattered (`group_index_I`).
+    """
+    columns = WalkColumns.of(moment_II.to(dtype), weight)
+    plan = Plan(scale_refit, code_sweeps, rounds)
+    parts, losses = [], []
+    for begin in range(0, weight.out_features, _ROWS):
+        old = _rows(weight, slice(begin, begin + _ROWS))
+        target_IR = columns.arranged(target_OI[begin : begin + _ROWS].to(dtype))
+        lanes = columns.lanes(old, dtype)
+        before_R = columns.losses(target_IR - lanes.levels(columns))
+        for index in range(plan.rounds):
+            if not lanes.improve(target_IR, columns, plan, is_last=index + 1 == plan.rounds):
+                break
+        after_R = columns.losses(target_IR - lanes.levels(columns))
+        # Also what is lower by less than the arithmetic can tell is no gain.
+        is_better_R = after_R < before_R
+        parts.append(columns.weight(lanes, old, is_better_R))
+        losses.append(torch.where(is_better_R, after_R, before_R))
+    return Refined(weight=_joined(parts, weight), row_loss_O=torch.cat(losses))
+
+
+def refine_two_sided(
+    target_NDI: torch.Tensor,
+    input_moment_II: torch.Tensor,
+    output_moment_NDD: torch.Tensor,
+    weight: AffineWeight,
+    *,
+    scale_refit: bool,
+    code_sweeps: int,
+    rounds: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Refined:
+    """Return the weight refined under `tr(B X H X^T)` of each head; no head loses more than before.
+
+    Row `i` of every head is refined at once, for `i` from first to last, `rounds` times, towards
+    `w_i - sum_{k != i} B_ik / B_ii (Q_k - w_k)`. Further arguments as those of `refine`.
+
+    Args:
+        target_NDI: what the weight should be.
+        input_moment_II: `H`, undamped.
+        output_moment_NDD: `B`, undamped; a row without one is refined by itself.
+        weight: a solution, `O = N * D` rows, head by head.
+
+    Raises:
+        ValueError: the columns of a group are scattered (`group_index_I`).
+    """
+    num_heads, head_size, _ = target_NDI.shape
+    columns = WalkColumns.of(input_moment_II.to(dtype), weight)
+    plan = Plan(scale_refit, code_sweeps, 1)
+    target_DIN = torch.stack([columns.arranged(target_NDI[:, row].to(dtype)) for row in range(head_size)])
+    lanes_D = [columns.lanes(_rows(weight, slice(row, None, head_size)), dtype) for row in range(head_size)]
+    error_DIN = target_DIN - torch.stack([lanes.levels(columns) for lanes in lanes_D])
+    before_ND = columns.coupled_losses(error_DIN, output_moment_NDD)
+    share_NDD = _shares(output_moment_NDD).to(dtype)
+    for _ in range(rounds):
+        changed = False
+        for row, lanes in enumerate(lanes_D):
+            others_IN = torch.einsum("kin,nk->in", error_DIN, share_NDD[:, row])
+            changed |= lanes.improve(target_DIN[row] + others_IN, columns, plan, is_last=True)
+            error_DIN[row] = target_DIN[row] - lanes.levels(columns)
+        if not changed:
+            break
+    after_ND = columns.coupled_losses(error_DIN, output_moment_NDD)
+    is_better_N = after_ND.sum(dim=1) < before_ND.sum(dim=1)
+    parts = [
+        columns.weight(lanes, _rows(weight, slice(row, None, head_size)), is_better_N)
+        for row, lanes in enumerate(lanes_D)
+    ]
+    by_row = _joined(parts, weight)
+    by_head_O = torch.arange(num_heads * head_size, device=weight.codes_OI.device)
+    by_head_O = by_head_O.view(head_size, num_heads).T.reshape(-1)
+    refined = replace(
+        by_row,
+        codes_OI=by_row.codes_OI[by_head_O],
+        scale_OG=by_row.scale_OG[by_head_O],
+        zero_point_OG=by_row.zero_point_OG[by_head_O],
+    )
+    loss_ND = torch.where(is_better_N[:, None], after_ND, before_ND)
+    return Refined(weight=refined, row_loss_O=loss_ND.reshape(-1))
+
+
+def _shares(output_moment_NDD: torch.Tensor) -> torch.Tensor:
+    """Return float64 `B_ik / B_ii` with zeros on the diagonal, `[N, D, D]`; rows without a moment are zero."""
+    moment_NDD = output_moment_NDD.to(torch.float64)
+    diagonal_ND1 = moment_NDD.diagonal(dim1=1, dim2=2)[:, :, None]
+    share_NDD = torch.where(diagonal_ND1 > 0, moment_NDD / diagonal_ND1, 0.0)
+    share_NDD.diagonal(dim1=1, dim2=2).zero_()
+    return share_NDD
+
+
+def _rows(weight: AffineWeight, rows: slice) -> AffineWeight:
+    return replace(
+        weight,
+        codes_OI=weight.codes_OI[rows],
+        scale_OG=weight.scale_OG[rows],
+        zero_point_OG=weight.zero_point_OG[rows],
+    )
+
+
+def _joined(parts: Sequence[AffineWeight], weight: AffineWeight) -> AffineWeight:
+    return replace(
+        weight,
+        codes_OI=torch.cat([part.codes_OI for part in parts]).contiguous(),
+        scale_OG=torch.cat([part.scale_OG for part in parts]).contiguous(),
+        zero_point_OG=torch.cat([part.zero_point_OG for part in parts]).contiguous(),
+    )
