@@ -58,8 +58,8 @@ def solve(
     group_size = num_columns if grid.group_size == -1 else grid.group_size
     if settings.order in ("activation", "min_pivot") and grid.group_grids == "dynamic" and group_size < num_columns:
         raise ValueError(f"{settings.order} order scatters groups: it needs static grids")
-    nests = block_size % group_size == 0 or group_size % block_size == 0 or group_size == num_columns
-    if grid.group_grids == "dynamic" and not nests:
+    nests = block_size % group_size == 0 or group_size % block_size == 0
+    if grid.group_grids == "dynamic" and not nests and max(group_size, block_size) < num_columns:
         raise ValueError(f"groups of {group_size} columns and blocks of {block_size} do not nest: use static grids")
     factor = factor_moment(
         problem.input_moment_II,
@@ -96,7 +96,8 @@ def solve(
 def inverse_factor(factor: Factor) -> torch.Tensor:
     """Return `U`, upper triangular `[I, I]`, with `H_damped^-1 = U^T U`, in the walk's order."""
     identity_II = torch.eye(len(factor.order_I), dtype=factor.upper_II.dtype, device=factor.upper_II.device)
-    return torch.linalg.solve_triangular(factor.upper_II, identity_II, upper=True)
+    inverse_II: torch.Tensor = torch.linalg.solve_triangular(factor.upper_II, identity_II, upper=True)
+    return inverse_II
 
 
 def drift_factor(factor: Factor, cross_moment_II: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -4,7 +4,9 @@ For a row with levels `Q = s B`, where row `g` of `B` holds the steps (code minu
 beside them, the loss `(t - Q) H (t - Q)^T` is quadratic in the scales `s`: its minimum solves `B H B^T s = B H t^T`.
 Source: TurboBoA (arXiv 2602.04929), scale refinement, solved at once instead of by coordinate descent.
 
-Shapes: `I` columns, `R` rows, `G` and `K` groups. Columns of a group are contiguous.
+Products are in the dtype of the moment, what is solved from them in float64.
+
+Shapes: `I` columns, `C` columns from some group on, `R` rows, `G` groups. Columns of a group are contiguous.
 """
 
 from __future__ import annotations
@@ -64,18 +66,23 @@ def normal_equations(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return float64 `B H B^T` `[R, G, G]` and `B H (t - Q)^T` `[R, G]`, half the descent of the loss by the scales."""
     num_rows, num_groups = steps_IR.shape[1], len(groups)
-    normal_RGG = steps_IR.new_empty(num_rows, num_groups, num_groups, dtype=torch.float64)
-    slope_RG = steps_IR.new_empty(num_rows, num_groups, dtype=torch.float64)
+    normal_GGR = steps_IR.new_empty(num_groups, num_groups, num_rows)
+    slope_GR = _group_sums((moment_II @ error_IR).mul_(steps_IR), groups)
     for index, columns in enumerate(groups):
-        weighted_IR = moment_II[:, columns] @ steps_IR[columns]
-        slope_RG[:, index] = (weighted_IR * error_IR).sum(dim=0, dtype=torch.float64)
-        begin = columns.start
-        weighted_IR[begin:] *= steps_IR[begin:]
-        for other, other_columns in enumerate(groups[index:], start=index):
-            entry_R = weighted_IR[other_columns].sum(dim=0, dtype=torch.float64)
-            normal_RGG[:, index, other] = entry_R
-            normal_RGG[:, other, index] = entry_R
-    return normal_RGG, slope_RG
+        weighted_CR = moment_II[columns.start :, columns] @ steps_IR[columns]
+        weighted_CR *= steps_IR[columns.start :]
+        entries_GR = _group_sums(weighted_CR, groups[index:])
+        normal_GGR[index, index:] = entries_GR
+        normal_GGR[index:, index] = entries_GR
+    return normal_GGR.permute(2, 0, 1).to(torch.float64).contiguous(), slope_GR.T.to(torch.float64).contiguous()
+
+
+def _group_sums(values_CR: torch.Tensor, groups: Sequence[slice]) -> torch.Tensor:
+    """Return `[G, R]`, the sum over the columns of each group; the first of the groups begins at the first column."""
+    if len(values_CR) % len(groups) == 0 and groups[0].stop - groups[0].start == len(values_CR) // len(groups):
+        return values_CR.view(len(groups), -1, values_CR.shape[1]).sum(dim=1)
+    first = groups[0].start
+    return torch.stack([values_CR[columns.start - first : columns.stop - first].sum(dim=0) for columns in groups])
 
 
 def scale_change(normal_RGG: torch.Tensor, slope_RG: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,7 @@ def test_exact_scales_have_no_gradient_and_are_the_limit_of_coordinate_descent(g
         for group in range(len(groups)):
             change_RG = (exact_GR - descended_GR).T
             along_R = (normal_RGG[:, group] * change_RG).sum(dim=1)
-            descended_GR[group] += along_R / normal_RGG[:, group, group]
+            descended_GR[group] += along_R / normal_RGG[:, group, group].clamp(min=1e-12)
     error_IR = error(steps_IR, target_IR, descended_GR, groups)
     torch.testing.assert_close(descended_GR, exact_GR, rtol=1e-6, atol=1e-9)
     _, descended_RG = normal_equations(steps_IR, error_IR, moment_II, groups)
