@@ -7,6 +7,7 @@ from typing import Any
 
 from optgptq.affine_weight import AffineWeight
 from optgptq.calibration.layer import SolvedLinear
+from optgptq.calibration.norm_tweaking import NormTweak
 from optgptq.plan import LinearPlan
 
 
@@ -65,6 +66,17 @@ class JobRecord:
             }
         )
         self.warnings += [f"{layout.name}: {note}" for note in solution.notes]
+
+    def add_decoder_layer(self, index: int, output_error: float | None, tweak: NormTweak | None) -> None:
+        """Add a decoder layer, and what training its norms brought."""
+        entry: dict[str, Any] = {"index": index, "output_error": output_error}
+        if tweak is not None:
+            entry["norm_tweaking"] = {
+                "loss_before": tweak.loss_before,
+                "loss_after": tweak.loss_after,
+                "steps": tweak.steps,
+            }
+        self.decoder_layers.append(entry)
 
 
 def _shift(solved: SolvedLinear) -> dict[str, float]:

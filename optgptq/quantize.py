@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 import optgptq
-from optgptq.calibration.layer import SolvedLinear
-from optgptq.calibration.start import start_calibration
+from optgptq.calibration.layer import LayerCalibration, SolvedLinear
+from optgptq.calibration.start import check_norm_tweaking, start_calibration
 from optgptq.calibration_text import calibration_windows
 from optgptq.checkpoint.folder import CONFIG_FILE, CheckpointFolder
 from optgptq.checkpoint.manifest import describe_files, write_manifest
 from optgptq.checkpoint.publish import require_disk_space, staging_folder
+from optgptq.checkpoint.source import ReplacedTensors
 from optgptq.checkpoint.writer import ShardWriter
 from optgptq.data.windows import Windows
 from optgptq.errors import ModelError
@@ -111,6 +112,7 @@ class _Job:
         check_inventory(source, self.original_spec)
         # What is quantized; the same as the source where no transform is asked.
         self.tensors, self.spec = transformed_source(source, self.original_spec, _transform_settings(recipe))
+        check_norm_tweaking(self.spec, recipe)
         self.plans = plan_linears(self.spec, recipe, self.form)
         self.layouts = [*(plan.layout for plan in self.plans), *outer_layouts(self.spec)]
         weight_dtype = self.tensors.info(f"{self.plans[0].info.name}.weight").torch_dtype
@@ -131,6 +133,7 @@ class _Job:
         self.windows = windows = self._read_windows()
         writer = ShardWriter(folder, entries, max_shard_bytes=self.recipe.export.max_shard_bytes)
         digests: dict[str, str] = {}
+        norm_tensors: dict[str, torch.Tensor] = {}
         calibration = start_calibration(
             self.tensors,
             self.spec,
@@ -149,8 +152,13 @@ class _Job:
                 self._write(solved, writer, digests)
             del layer
             return_free_memory()
-            self._finish_layer(index, calibration.output_error(), time.perf_counter() - layer_started)
+            if calibration.norm_tweak is not None:
+                norm_tensors |= calibration.norm_tweak.tensors
+            self._finish_layer(index, calibration, time.perf_counter() - layer_started)
         self.progress(events.PhaseStarted(name="writing", detail="dense tensors and side files"))
+        if norm_tensors:
+            # From here on, what is written and what it is compared with.
+            self.tensors = ReplacedTensors(source=self.tensors, replacements=norm_tensors)
         copy_dense(self.tensors, writer, self.layouts)
         writer.finish()
         write_side_files(self.tensors, folder, self.form, self.layouts)
@@ -230,8 +238,11 @@ class _Job:
             )
         )
 
-    def _finish_layer(self, index: int, error: float | None, seconds: float) -> None:
-        self.record.decoder_layers.append({"index": index, "output_error": error})
+    def _finish_layer(self, index: int, calibration: LayerCalibration, seconds: float) -> None:
+        error = calibration.output_error()
+        self.record.add_decoder_layer(index, error, calibration.norm_tweak)
+        if calibration.norm_tweak is not None and not calibration.norm_tweak.tensors:
+            self._warn(f"decoder layer {index}: its norms stay, since training them did not lower the held-out error")
         self.record.timings[f"decoder layer {index}"] = seconds
         self.progress(
             events.DecoderLayerFinished(

@@ -3,8 +3,8 @@
 The output of query head `h` is `A_h X W_V^T`, so an error of `W_V` reaches it through `Y_h = A_h X`, and the moment of
 the value projection is the sum of `Y_h^T Y_h` over the query heads of the group. Nothing is approximated before `W_O`.
 
-Shapes: `G` query heads of one key/value head, `S` query positions that count, `T` positions of a window, `N` query
-heads, `K` key/value heads, `D` head dimension, `I` input columns, `R` rows of attended inputs.
+Shapes: `B` windows of one length, `G` query heads of one key/value head, `S` query positions that count, `T` positions
+of a window, `N` query heads, `K` key/value heads, `D` head dimension, `I` input columns, `R` rows of attended inputs.
 Source: aespa, arXiv 2402.08958, eq. 18; BoA, arXiv 2406.13474, for groups of heads.
 """
 
@@ -15,12 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from optgptq.calibration.attention_map import attention_weights, check_causal
-from optgptq.calibration.moments import InputMoment
+from optgptq.calibration.moments import InputMoment, add_sum
 from optgptq.models.spec import DecoderSpec
 from optgptq.numerics import exact_float32_products
 
+# Windows that are added at a time: a chunk has at least one position of each.
+MOST_WINDOWS = 16
 # Rows of attention maps that exist at a time, and the most positions among them: few enough to skip later keys.
-_ROWS_PER_CHUNK = 1024
+_ROWS_PER_CHUNK = 512
 _POSITIONS_PER_CHUNK = 256
 # Only blocks on and above the diagonal of a symmetric product are multiplied.
 _COLUMNS_PER_BLOCK = 256
@@ -28,11 +30,16 @@ _COLUMNS_PER_BLOCK = 256
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WindowHeads:
-    """One window of one stream, padding cut off: `query_NTD`, `key_KTD`, `inputs_TI`."""
+    """Windows of one length of one stream, padding cut off: `query_BNTD`, `key_BKTD`, `inputs_BTI`."""
 
-    query_NTD: torch.Tensor
-    key_KTD: torch.Tensor
-    inputs_TI: torch.Tensor
+    query_BNTD: torch.Tensor
+    key_BKTD: torch.Tensor
+    inputs_BTI: torch.Tensor
+
+    def window(self, index: int) -> WindowHeads:
+        """Return one of the windows."""
+        rows = slice(index, index + 1)
+        return WindowHeads(self.query_BNTD[rows], self.key_BKTD[rows], self.inputs_BTI[rows])
 
 
 class AttendedMoments:
@@ -64,20 +71,23 @@ class AttendedMoments:
         """Rows that were added for each key/value head."""
         return self.moments[0].num_tokens if self.moments else 0
 
-    def add(self, window: WindowHeads, positions_S: torch.Tensor, *, reference: WindowHeads | None = None) -> None:
-        """Add the rows of `positions_S` (int64, ascending); `reference` is the same window in the other stream.
+    def add(self, windows: WindowHeads, positions_BS: torch.Tensor, *, reference: WindowHeads | None = None) -> None:
+        """Add the rows of `positions_BS` (int64, ascending); `reference` is the same windows in the other stream.
 
         Raises:
             NumericalError: the attention weights are not those of a causal softmax.
         """
         if (reference is not None) != bool(self.shift_sum_KII.shape[0]):
             raise ValueError("a reference stream is needed with shift, and only then")
-        group = self._spec.num_heads // self._spec.num_kv_heads
-        num_rows, (length, width) = group * len(positions_S), window.inputs_TI.shape
-        add_head = self._add_gram if _gram_is_cheaper(num_rows, length, width) else self._add_rows
-        for slot, kv_head in enumerate(self.kv_heads):
-            with exact_float32_products():
-                add_head(slot, kv_head, window, positions_S, reference)
+        num_windows, length, width = windows.inputs_BTI.shape
+        with exact_float32_products():
+            if not _gram_is_cheaper(self._group * positions_BS.shape[1], length, width):
+                self._add_rows(windows, positions_BS, reference)
+                return
+            for index in range(num_windows):
+                other = None if reference is None else reference.window(index)
+                for slot, kv_head in enumerate(self.kv_heads):
+                    self._add_gram(slot, kv_head, windows.window(index), positions_BS[index : index + 1], other)
 
     def merge(self, other: AttendedMoments) -> None:
         """Add what another part of the calibration set measured for the same heads."""
@@ -94,65 +104,67 @@ class AttendedMoments:
         """Return the mean `[I, I]` of `(y_reference - y) y^T`."""
         return self.shift_sum_KII[self.kv_heads.index(kv_head)] / max(self.num_rows, 1)
 
-    def _add_rows(
-        self, slot: int, kv_head: int, window: WindowHeads, positions_S: torch.Tensor, reference: WindowHeads | None
-    ) -> None:
-        for chunk_S in torch.split(positions_S, self._chunk_size()):
-            attended_RI = self._attended(kv_head, window, chunk_S)
-            self.moments[slot].add(attended_RI)
-            if reference is not None:
-                sum_II = self.shift_sum_KII[slot]
-                change_RI = self._attended(kv_head, reference, chunk_S).to(sum_II.dtype) - attended_RI
-                sum_II.addmm_(change_RI.T, attended_RI.to(sum_II.dtype))
+    @property
+    def _group(self) -> int:
+        return self._spec.num_heads // self._spec.num_kv_heads
 
-    def _attended(self, kv_head: int, window: WindowHeads, chunk_S: torch.Tensor) -> torch.Tensor:
-        weights_GST = self._weights(kv_head, window, chunk_S)
-        inputs_TI = window.inputs_TI[: weights_GST.shape[-1]]
+    def _add_rows(self, windows: WindowHeads, positions_BS: torch.Tensor, reference: WindowHeads | None) -> None:
+        for chunk_BS in torch.split(positions_BS, self._chunk_size(len(positions_BS)), dim=1):
+            for slot, kv_head in enumerate(self.kv_heads):
+                attended_RI = self._attended(kv_head, windows, chunk_BS)
+                self.moments[slot].add(attended_RI)
+                if reference is not None:
+                    change_RI = self._attended(kv_head, reference, chunk_BS) - attended_RI
+                    add_sum(change_RI, attended_RI, self.shift_sum_KII[slot])
+
+    def _attended(self, kv_head: int, windows: WindowHeads, chunk_BS: torch.Tensor) -> torch.Tensor:
+        weights_BGST = self._weights(kv_head, windows, chunk_BS)
+        inputs_BTI = windows.inputs_BTI[:, : weights_BGST.shape[-1]]
         # Products of bfloat16 activations stay in bfloat16: rounding a weight moves the moment by 1e-6 of its diagonal.
-        return weights_GST.flatten(0, 1).to(inputs_TI.dtype) @ inputs_TI
+        return torch.bmm(weights_BGST.flatten(1, 2).to(inputs_BTI.dtype), inputs_BTI).flatten(0, 1)
 
     def _add_gram(
-        self, slot: int, kv_head: int, window: WindowHeads, positions_S: torch.Tensor, reference: WindowHeads | None
+        self, slot: int, kv_head: int, window: WindowHeads, positions_1S: torch.Tensor, reference: WindowHeads | None
     ) -> None:
-        """Add `X^T (sum A^T A) X`: one product of the width for all query heads of the group."""
+        """Add `X^T (sum A^T A) X` of one window: one product of the width for all query heads of the group."""
         moment = self.moments[slot]
         dtype = moment.sum_II.dtype
-        inputs_TI = window.inputs_TI.to(dtype)
+        inputs_TI = window.inputs_BTI[0].to(dtype)
         length = inputs_TI.shape[0]
         gram_TT, cross_TT = (torch.zeros(length, length, dtype=dtype, device=inputs_TI.device) for _ in range(2))
-        for chunk_S in torch.split(positions_S, self._chunk_size()):
-            weights_RT = self._weights(kv_head, window, chunk_S).flatten(0, 1).to(dtype)
+        for chunk_1S in torch.split(positions_1S, self._chunk_size(1), dim=1):
+            weights_RT = self._weights(kv_head, window, chunk_1S).flatten(0, 2).to(dtype)
             seen = weights_RT.shape[1]
             gram_TT[:seen, :seen].addmm_(weights_RT.T, weights_RT)
             if reference is not None:
-                other_RT = self._weights(kv_head, reference, chunk_S).flatten(0, 1).to(dtype)
+                other_RT = self._weights(kv_head, reference, chunk_1S).flatten(0, 2).to(dtype)
                 cross_TT[:seen, :seen].addmm_(other_RT.T, weights_RT)
         product_TI = gram_TT @ inputs_TI
         _add_upper(moment.sum_II, inputs_TI, product_TI)
-        moment.num_tokens += positions_S.shape[0] * (self._spec.num_heads // self._spec.num_kv_heads)
+        moment.num_tokens += positions_1S.shape[1] * self._group
         if reference is not None:
             self.shift_sum_KII[slot].addmm_(inputs_TI.T, product_TI, alpha=-1)
-            self.shift_sum_KII[slot].addmm_(reference.inputs_TI.to(dtype).T, cross_TT @ inputs_TI)
+            self.shift_sum_KII[slot].addmm_(reference.inputs_BTI[0].to(dtype).T, cross_TT @ inputs_TI)
 
-    def _weights(self, kv_head: int, window: WindowHeads, chunk_S: torch.Tensor) -> torch.Tensor:
-        group = self._spec.num_heads // self._spec.num_kv_heads
-        first_head = kv_head * group
-        weights_GST = attention_weights(
-            window.query_NTD[first_head : first_head + group, chunk_S],
-            window.key_KTD[kv_head, : int(chunk_S[-1]) + 1],
-            chunk_S,
+    def _weights(self, kv_head: int, windows: WindowHeads, chunk_BS: torch.Tensor) -> torch.Tensor:
+        first_head = kv_head * self._group
+        heads_BGTD = windows.query_BNTD[:, first_head : first_head + self._group]
+        index_B1S1 = chunk_BS[:, None, :, None].expand(-1, self._group, -1, heads_BGTD.shape[-1])
+        weights_BGST = attention_weights(
+            heads_BGTD.gather(2, index_B1S1),
+            windows.key_BKTD[:, kv_head, : int(chunk_BS[:, -1].max()) + 1],
+            chunk_BS,
             spec=self._spec,
             layer_index=self._layer_index,
             first_head=first_head,
         )
         if not self._checked:
-            check_causal(weights_GST, chunk_S, where=f"attention of decoder layer {self._layer_index}")
+            check_causal(weights_BGST[0], chunk_BS[0], where=f"attention of decoder layer {self._layer_index}")
             self._checked = True
-        return weights_GST
+        return weights_BGST
 
-    def _chunk_size(self) -> int:
-        group = self._spec.num_heads // self._spec.num_kv_heads
-        return max(1, min(_POSITIONS_PER_CHUNK, _ROWS_PER_CHUNK // group))
+    def _chunk_size(self, num_windows: int) -> int:
+        return max(1, min(_POSITIONS_PER_CHUNK, _ROWS_PER_CHUNK // (self._group * num_windows)))
 
 
 def attended_bytes(spec: DecoderSpec, num_positions: int, *, num_kv_heads: int, dtype: torch.dtype, shift: bool) -> int:
@@ -160,8 +172,10 @@ def attended_bytes(spec: DecoderSpec, num_positions: int, *, num_kv_heads: int, 
     width, number = spec.hidden_size, dtype.itemsize
     sums = num_kv_heads * width**2 * number * (2 if shift else 1)
     # Scores, mask, softmax and a copy in another dtype; rows of both streams and their difference.
-    maps = 4 * _ROWS_PER_CHUNK * num_positions * 8
-    rows = 4 * _ROWS_PER_CHUNK * width * number
+    most_rows = max(_ROWS_PER_CHUNK, MOST_WINDOWS * (spec.num_heads // spec.num_kv_heads))
+    keys = MOST_WINDOWS * num_positions * spec.head_dim * 8
+    maps = 4 * most_rows * num_positions * 8 + keys
+    rows = 4 * most_rows * width * number
     gram = 2 * num_positions**2 * number + 4 * num_positions * width * number
     return sums + maps + max(rows, gram)
 

@@ -30,7 +30,7 @@ def attention_weights(
     """Return the weights `[G, S, T]` with which queries at `positions_S` read the keys at positions `0 .. T - 1`.
 
     The same scale, soft cap, ALiBi bias, causal mask and sliding window as `causal_attention`; the softmax is in
-    float32, or in float64 where the queries are.
+    float32, or in float64 where the queries are. Windows may come first: then every argument and the result have them.
 
     Args:
         query_GSD: rotated queries.
@@ -43,19 +43,21 @@ def attention_weights(
     layer = spec.layers[layer_index]
     exact = torch.promote_types(query_GSD.dtype, torch.float32)
     with exact_float32_products():
-        scores = torch.matmul(query_GSD.to(exact), key_TD.to(exact).T).mul_(layer.attention_scale)
+        # Scores are many more than queries: the scale is in the latter.
+        query_RD = query_GSD.to(exact).mul(layer.attention_scale).flatten(-3, -2)
+        scores = torch.matmul(query_RD, key_TD.to(exact).mT).view(*query_GSD.shape[:-1], -1)
     if spec.attention_softcap is not None:
         scores.div_(spec.attention_softcap).tanh_().mul_(spec.attention_softcap)
-    key_position = torch.arange(key_TD.shape[0], device=key_TD.device)
+    key_position = torch.arange(key_TD.shape[-2], device=key_TD.device)
     if spec.alibi is not None:
-        heads = slice(first_head, first_head + query_GSD.shape[0])
+        heads = slice(first_head, first_head + query_GSD.shape[-3])
         # The model adds its bias in the dtype of the queries: far positions are rounded there.
         scores.add_(alibi_bias(spec.alibi, key_position)[heads].to(query_GSD.dtype).to(exact).unsqueeze(1))
-    query_position = positions_S.unsqueeze(1)
+    query_position = positions_S.unsqueeze(-1)
     hidden = key_position > query_position
     if layer.sliding_window is not None:
         hidden |= key_position <= query_position - layer.sliding_window
-    return torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
+    return torch.softmax(scores.masked_fill_(hidden.unsqueeze(-3), float("-inf")), dim=-1)
 
 
 def check_causal(weights_GST: torch.Tensor, positions_S: torch.Tensor, *, where: str) -> None:

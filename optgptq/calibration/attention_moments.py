@@ -11,11 +11,12 @@ Source: BoA, arXiv 2406.13474; aespa, arXiv 2402.08958, eq. 15 to 22. Details: d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from optgptq.calibration.attended_moments import AttendedMoments, WindowHeads, attended_bytes
+from optgptq.calibration.attended_moments import MOST_WINDOWS, AttendedMoments, WindowHeads, attended_bytes
 from optgptq.calibration.attention_inputs import AttentionInputs
 from optgptq.calibration.normed_heads import NormedHeads
 from optgptq.calibration.positions import drawn_positions, window_generator, window_lengths
@@ -101,18 +102,21 @@ class AttentionMoments:
         Raises:
             NumericalError: attention is not a causal softmax.
         """
-        for row, length in enumerate(window_lengths(valid_BS, inputs.inputs_BSM)):
-            if not length:
-                continue
+        device, lengths = inputs.inputs_BSM.device, window_lengths(valid_BS, inputs.inputs_BSM)
+        drawn = []
+        for row, length in enumerate(lengths):
             generator = window_generator(self.settings.seed, first_window + row)
-            value_positions = drawn_positions(length, max(1, round(self.settings.value_share * length)), generator)
-            norm_positions = drawn_positions(length, min(self.settings.norm_tokens, length), generator)
-            if self.settings.rows:
+            number = max(1, round(self.settings.value_share * length))
+            drawn.append(drawn_positions(length, number, generator) if length else None)
+            if length and self.settings.rows:
+                norm_positions = drawn_positions(length, min(self.settings.norm_tokens, length), generator)
                 self._add_rows(inputs, row, length, norm_positions)
-            if self.settings.value_heads:
-                device = inputs.inputs_BSM.device
-                other = None if reference is None else _window(reference, row, length)
-                self.attended.add(_window(inputs, row, length), value_positions.to(device), reference=other)
+        if not self.settings.value_heads:
+            return
+        for length, rows in _alike(lengths):
+            positions_BS = torch.stack([each for each in drawn[rows] if each is not None]).to(device)
+            other = None if reference is None else _windows(reference, rows, length)
+            self.attended.add(_windows(inputs, rows, length), positions_BS, reference=other)
 
     def merge(self, other: AttentionMoments) -> None:
         """Add what another part of the calibration set measured with the same settings."""
@@ -207,7 +211,18 @@ def bytes_needed(spec: DecoderSpec, settings: AttentionMomentSettings, *, num_po
     return rows + window + sample + (attended if settings.value_heads else 0)
 
 
-def _window(inputs: AttentionInputs, row: int, length: int) -> WindowHeads:
+def _windows(inputs: AttentionInputs, rows: slice, length: int) -> WindowHeads:
     return WindowHeads(
-        inputs.query_BNSD[row, :, :length], inputs.key_BKSD[row, :, :length], inputs.inputs_BSM[row, :length]
+        inputs.query_BNSD[rows, :, :length], inputs.key_BKSD[rows, :, :length], inputs.inputs_BSM[rows, :length]
     )
+
+
+def _alike(lengths: list[int]) -> Iterator[tuple[int, slice]]:
+    """Yield windows of one length that stand side by side, `MOST_WINDOWS` at most; empty ones are left out."""
+    begin = 0
+    for end in range(1, len(lengths) + 1):
+        if end < len(lengths) and lengths[end] == lengths[begin] and end - begin < MOST_WINDOWS:
+            continue
+        if lengths[begin]:
+            yield lengths[begin], slice(begin, end)
+        begin = end

@@ -77,8 +77,10 @@ class AttentionStage:
     shift: ShiftSettings
     moment_dtype: torch.dtype
 
-    def solve(self, problems: Mapping[str, LayerProblem]) -> Iterator[tuple[str, LayerSolution]]:
-        """Yield local name and solution of every linear of the stage.
+    def solve(self, problems: Mapping[str, LayerProblem]) -> Iterator[tuple[str, LayerSolution, tuple[float, ...]]]:
+        """Yield local name and solution of every linear of the stage, and how far its value heads were shifted.
+
+        The last is empty where a linear holds no value heads, or they were not shifted on their own.
 
         Args:
             problems: by local name, how each linear would be solved without attention, its weight the target.
@@ -95,13 +97,14 @@ class AttentionStage:
             solution = self.solver(part)
             solution = replace(solution, notes=(*solution.notes, *notes))
             parts[projection.linear].append((projection.rows_ND.flatten(), solution))
+        strengths: tuple[float, ...] = ()
         if self.settings.values:
-            values = self._solve_values(problems[rows.value.linear], rows, parts)
+            values, strengths = self._solve_values(problems[rows.value.linear], rows, parts)
         else:
             values = [(rows.value.rows_ND.flatten(), self.solver(_part(problems, rows.value)))]
         parts[rows.value.linear] += values
         for name, linear_parts in parts.items():
-            yield name, put_together(linear_parts)
+            yield name, put_together(linear_parts), strengths if name == rows.value.linear else ()
 
     def _check(self) -> None:
         batch = self.quantized.batches[0]
@@ -149,7 +152,7 @@ class AttentionStage:
         problem: LayerProblem,
         rows: HeadRows,
         parts: dict[str, list[tuple[torch.Tensor, LayerSolution]]],
-    ) -> list[tuple[torch.Tensor, LayerSolution]]:
+    ) -> tuple[list[tuple[torch.Tensor, LayerSolution]], tuple[float, ...]]:
         layer = self._with_queries_and_keys(parts)
         dense_OI = _weight(self.layer, rows.value.linear)
         (output_name,) = self.layer.spec.stage("o").linears
@@ -158,7 +161,7 @@ class AttentionStage:
         per_pass = max(
             _VALUE_BYTES // (dense_OI.shape[1] ** 2 * self.moment_dtype.itemsize * (4 if held_out else 2)), 1
         )
-        solved = []
+        solved, strengths = [], []
         for first in range(0, self.layer.spec.num_kv_heads, per_pass):
             heads = range(first, min(first + per_pass, self.layer.spec.num_kv_heads))
             measured = self._value_moments(layer, heads, held_out=False)
@@ -175,7 +178,8 @@ class AttentionStage:
                     output_moment_NDD=output_KDD[head : head + 1] if self.settings.value_rows else None,
                 )
                 solved.append((rows_D, self.solver(part)))
-        return solved
+                strengths += [] if target.shift_strength is None else [target.shift_strength]
+        return solved, tuple(strengths)
 
     def _value_target(
         self,

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from optgptq.calibration.attention_stage import AttentionSettings, AttentionStage
 from optgptq.calibration.measure import measure_stage
 from optgptq.calibration.moments import InputMoment
+from optgptq.calibration.norm_tweaking import NormTweak, NormTweakSettings, tweak_norms
 from optgptq.calibration.statistics import StageStatistics
 from optgptq.calibration.stream import ActivationStream, output_error
 from optgptq.calibration.targets import ShiftSettings, Target, shifted_targets
@@ -23,7 +25,7 @@ from optgptq.models.layer import DecoderLayer
 from optgptq.models.linear import Linear
 from optgptq.models.spec import STAGE_NAMES, StageName
 from optgptq.plan import LinearPlan
-from optgptq.solvers import SOLVERS, LayerProblem, LayerSolution, SolverSettings
+from optgptq.solvers import SOLVERS, LayerProblem, LayerSolution, Solver, SolverSettings, gptaq
 from optgptq.solvers.stacking import solve_together
 
 
@@ -39,6 +41,8 @@ class LayerSettings:
         shift: how targets are shifted; None for not at all. It needs the true-sequential order, moments of the
             quantized stream, and a full-precision stream of the same windows.
         attention: what of attention the method `attention_aware` sees; None for nothing.
+        norm_tweaking: how norms are trained behind the linears; None for not at all. It needs a full-precision stream
+            of the same windows, some of them held out.
     """
 
     solver: SolverSettings
@@ -47,13 +51,15 @@ class LayerSettings:
     measure_full_precision: bool
     shift: ShiftSettings | None = None
     attention: AttentionSettings | None = None
+    norm_tweaking: NormTweakSettings | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SolvedLinear:
     """A linear of the layer and its solution; None where it stays dense.
 
-    `shift_strength` is the share of the full target shift that was taken, None without one.
+    `shift_strength` is the share of the full target shift that was taken, None without one; the mean over the rows
+    where value heads have shifts of their own.
     """
 
     plan: LinearPlan
@@ -62,7 +68,10 @@ class SolvedLinear:
 
 
 class LayerCalibration:
-    """The two streams at one place in the model, and how to take them through the next decoder layer."""
+    """The two streams at one place in the model, and how to take them through the next decoder layer.
+
+    `norm_tweak` is what training the norms of the last layer brought, None where it was not asked.
+    """
 
     def __init__(
         self,
@@ -72,11 +81,12 @@ class LayerCalibration:
         *,
         stage_started: Callable[[int, StageName], None],
     ) -> None:
-        if settings.shift is not None and full_precision is None:
-            raise ValueError("a target shift needs a full-precision stream")
+        if (settings.shift is not None or settings.norm_tweaking is not None) and full_precision is None:
+            raise ValueError("a target shift or norm tweaking needs a full-precision stream")
         self.quantized = quantized
         self.full_precision = full_precision
         self.settings = settings
+        self.norm_tweak: NormTweak | None = None
         self._stage_started = stage_started
 
     def run(self, layer: DecoderLayer, plans: Sequence[LinearPlan]) -> Iterator[SolvedLinear]:
@@ -86,6 +96,8 @@ class LayerCalibration:
             NumericalError: activations are not finite, or a moment cannot be factored.
         """
         original = layer.copy()
+        tweaking = self.settings.norm_tweaking
+        starts = [batch.state for batch in self.quantized.batches] if tweaking is not None else []
         stages = {stage: [plan for plan in plans if plan.info.stage == stage] for stage in STAGE_NAMES}
         measured = None if self.settings.true_sequential else self._measure_all(layer, stages)
         for stage, stage_plans in stages.items():
@@ -97,6 +109,8 @@ class LayerCalibration:
             self.quantized.advance(layer, stage)
             if self.full_precision is not None:
                 self.full_precision.advance(original, stage)
+        if tweaking is not None and self.full_precision is not None:
+            self.norm_tweak = tweak_norms(layer, starts, self.quantized, self.full_precision, tweaking)
 
     def output_error(self) -> float | None:
         """Return the relative error of the hidden states, None without a full-precision stream."""
@@ -112,8 +126,14 @@ class LayerCalibration:
     ) -> StageStatistics:
         reads = plans[0].info.name
         if self.settings.shift is not None and self.full_precision is not None:
-            streams = (self.quantized, self.full_precision)
-            return measure_stage(streams, (layer, original), stage, self._moment(plans, self.quantized), reads=reads)
+            return measure_stage(
+                (self.quantized, self.full_precision),
+                (layer, original),
+                stage,
+                self._moment(plans, self.quantized),
+                reads=reads,
+                of_output=self.settings.shift.rule == "exact",
+            )
         stream = self._measured_stream()
         measured_layer = layer if stream is self.quantized else original
         moment = self._moment(plans, stream)
@@ -151,16 +171,25 @@ class LayerCalibration:
             problems = [
                 self._problem(plan, targets[plan.info.local_name].weight_OI, mean_II, statistics) for plan in alike
             ]
-            for plan, solution in zip(alike, solve_together(SOLVERS[alike[0].method], problems), strict=True):
+            solver = self._solver(alike[0], statistics)
+            for plan, solution in zip(alike, solve_together(solver, problems), strict=True):
                 yield _solved(plan, solution, targets[plan.info.local_name])
+
+    def _solver(self, plan: LinearPlan, statistics: StageStatistics) -> Solver:
+        shift = self.settings.shift
+        if statistics.drift is None or shift is None or shift.rule == "exact" or plan.method != "gptq":
+            return SOLVERS[plan.method]
+        assert shift.strength is not None
+        return partial(gptaq.solve, cross_moment_II=statistics.drift.mean(), alpha=shift.strength)
 
     def _targets(
         self, layer: DecoderLayer, plans: Sequence[LinearPlan], mean_II: torch.Tensor, statistics: StageStatistics
     ) -> dict[str, Target]:
         dense = {plan.info.local_name: _dense_linear(layer, plan).weight_OI for plan in plans}
-        if statistics.drift is None or self.settings.shift is None:
+        shift = self.settings.shift
+        if statistics.drift is None or shift is None or shift.rule != "exact":
             return {name: Target(weight_OI) for name, weight_OI in dense.items()}
-        return shifted_targets(dense, mean_II, statistics.drift, self.settings.shift)
+        return shifted_targets(dense, mean_II, statistics.drift, shift)
 
     def _problem(
         self, plan: LinearPlan, weight_OI: torch.Tensor, mean_II: torch.Tensor, statistics: StageStatistics
@@ -208,15 +237,26 @@ class LayerCalibration:
             plan.info.local_name: self._problem(plan, targets[plan.info.local_name].weight_OI, *measured)
             for plan in plans
         }
-        solutions = dict(stage.solve(problems))
+        solutions = {name: (solution, strengths) for name, solution, strengths in stage.solve(problems)}
         for plan in plans:
             name = plan.info.local_name
-            yield _solved(plan, solutions[name], targets[name])
+            solution, strengths = solutions[name]
+            num_rows = len(strengths) * layer.spec.head_dim
+            yield _solved(plan, solution, _with_value_strengths(targets[name], strengths, num_rows))
 
 
 def _solved(plan: LinearPlan, solution: LayerSolution, target: Target) -> SolvedLinear:
     notes = tuple(dict.fromkeys((*target.notes, *solution.notes)))
     return SolvedLinear(plan, replace(solution, notes=notes), target.shift_strength)
+
+
+def _with_value_strengths(target: Target, strengths: Sequence[float], num_rows: int) -> Target:
+    """Return the target with the mean strength over its rows, of which `num_rows` were shifted by value heads."""
+    if target.shift_strength is None or not strengths:
+        return target
+    share = num_rows / len(target.weight_OI)
+    of_values = sum(strengths) / len(strengths)
+    return replace(target, shift_strength=share * of_values + (1 - share) * target.shift_strength)
 
 
 def _solved_alike(first: LinearPlan, second: LinearPlan) -> bool:

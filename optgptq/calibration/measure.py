@@ -22,6 +22,7 @@ def measure_stage(
     moment: InputMoment,
     *,
     reads: str,
+    of_output: bool,
 ) -> StageStatistics:
     """Return the statistics of `stage`: those of the quantized stream, and its drift from the full-precision one.
 
@@ -33,11 +34,15 @@ def measure_stage(
         stage: stage that comes next.
         moment: to add to.
         reads: full name of a linear of the stage, for the message when a value is not finite.
+        of_output: whether the drift of a stage that writes to the residual stream is that of its output.
 
     Raises:
         NumericalError: a value is not finite.
     """
-    drift = _empty_drift(layers[0], stage, moment)
+    of_output &= stage in ("o", "down")
+    num_columns = moment.sum_II.shape[0]
+    num_rows = layers[0].spec.hidden_size if of_output else num_columns
+    drift = Drift(of_output=of_output, sum_XI=moment.sum_II.new_zeros(num_rows, num_columns))
     for batch, reference in zip(streams[0].batches, streams[1].batches, strict=True):
         inputs_BSI = layers[0].stage_input(stage, batch.state, streams[0].context)
         reference_BSI = layers[1].stage_input(stage, reference.state, streams[1].context)
@@ -46,7 +51,10 @@ def measure_stage(
             streams[1].keep(reference, reference_BSI)
         if not batch.held_out:
             add_inputs(moment, inputs_BSI, batch, reads=reads)
-        drift_BSX = _drift(layers, stage, (batch, reference), (inputs_BSI, reference_BSI))
+        inputs = (inputs_BSI, reference_BSI)
+        drift_BSX = (
+            _output_drift(layers, stage, (batch, reference), inputs) if of_output else reference_BSI - inputs_BSI
+        )
         pair = _valid(inputs_BSI, batch), _valid(drift_BSX, batch)
         if batch.held_out:
             drift.held_out.append(pair)
@@ -55,21 +63,12 @@ def measure_stage(
     return StageStatistics(moment, drift)
 
 
-def _empty_drift(layer: DecoderLayer, stage: StageName, moment: InputMoment) -> Drift:
-    of_output = stage in ("o", "down")
-    num_columns = moment.sum_II.shape[0]
-    num_rows = layer.spec.hidden_size if of_output else num_columns
-    return Drift(of_output=of_output, sum_XI=moment.sum_II.new_zeros(num_rows, num_columns))
-
-
-def _drift(
+def _output_drift(
     layers: tuple[DecoderLayer, DecoderLayer],
     stage: StageName,
     batches: tuple[Batch, Batch],
     inputs: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    if stage not in ("o", "down"):
-        return inputs[1] - inputs[0]
     (name,) = layers[1].spec.stage(stage).linears
     linear = layers[1].linears[name]
     if not isinstance(linear, Linear):

@@ -1,13 +1,13 @@
 """Second moments of the inputs of a linear: plain sums, so that halves of the calibration set merge by adding.
 
-Shapes: `B` windows, `S` positions, `T` tokens, `I` input columns.
+Shapes: `B` windows, `S` positions, `T` tokens, `I` input columns, `X` columns of another matrix of the same tokens.
 """
 
 from __future__ import annotations
 
 import torch
 
-from optgptq.native.moment import add_moment, adds_moment
+from optgptq.native.moment import add_moment, add_products, adds_moment, adds_products
 from optgptq.numerics import exact_float32_products
 
 # Only blocks on and above the diagonal are multiplied: with n blocks (n + 1) / 2n of the work.
@@ -59,3 +59,15 @@ class InputMoment:
             for begin in range(0, num_columns, block):
                 rows_TC = values_TI[:, begin : begin + block]
                 self.sum_II[begin : begin + block, begin:].addmm_(rows_TC.T, values_TI[:, begin:])
+
+
+def add_sum(left_TX: torch.Tensor, right_TI: torch.Tensor, sum_XI: torch.Tensor) -> None:
+    """Add `left^T right`, the sum over tokens, in the dtype of the sum, which is changed in place."""
+    if adds_products(left_TX, right_TI, sum_XI):
+        add_products(left_TX, right_TI, sum_XI)
+        return
+    dtype = sum_XI.dtype
+    with exact_float32_products():
+        for begin in range(0, len(left_TX), _TOKENS_PER_CHUNK):
+            chunk = slice(begin, begin + _TOKENS_PER_CHUNK)
+            sum_XI.addmm_(left_TX[chunk].to(dtype).T, right_TI[chunk].to(dtype))

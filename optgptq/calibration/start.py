@@ -9,6 +9,7 @@ import torch
 
 from optgptq.calibration.attention_stage import AttentionSettings
 from optgptq.calibration.layer import LayerCalibration, LayerSettings
+from optgptq.calibration.norm_tweaking import NormTweakSettings
 from optgptq.calibration.stream import embed
 from optgptq.calibration.targets import ShiftSettings
 from optgptq.checkpoint.source import TensorSource
@@ -17,14 +18,14 @@ from optgptq.errors import RecipeError
 from optgptq.models.attention import attention_context
 from optgptq.models.loading import load_embedding
 from optgptq.models.spec import DecoderSpec, StageName
-from optgptq.recipe.records import Recipe, WeightRecipe
+from optgptq.recipe.records import NormTweakingRecipe, Recipe, WeightRecipe
 from optgptq.solvers import SolverSettings
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-def layer_settings(recipe: Recipe) -> LayerSettings:
-    """Return what the recipe says about decoder layers."""
+def layer_settings(recipe: Recipe, source: TensorSource) -> LayerSettings:
+    """Return what the recipe says about the decoder layers of `source`."""
     weights, attention, calibration = recipe.weights, recipe.attention, recipe.calibration
     solver = SolverSettings(
         order=weights.order,
@@ -50,23 +51,37 @@ def layer_settings(recipe: Recipe) -> LayerSettings:
             value_share=attention.value_share,
             seed=calibration.seed,
         ),
+        norm_tweaking=_norm_tweaking(recipe.norm_tweaking, source),
     )
 
 
+def check_norm_tweaking(spec: DecoderSpec, recipe: Recipe) -> None:
+    """Raise RecipeError where norms shall be trained and the model's have nothing to train."""
+    if recipe.norm_tweaking.steps and not spec.norm.has_weight:
+        raise RecipeError(
+            "norm_tweaking.steps",
+            expected="0 for this model, whose norms have no weights",
+            found=f"{recipe.norm_tweaking.steps}",
+            action="Set norm_tweaking.steps=0.",
+        )
+
+
 def num_held_out(recipe: Recipe, num_windows: int) -> int:
-    """Return how many windows choose the strength of the target shift: at most a quarter of all.
+    """Return how many windows choose the strength of the target shift or judge trained norms: at most a quarter of all.
 
     Raises:
         RecipeError: fewer than four windows.
     """
-    if recipe.weights.target_shift == "off" or recipe.weights.shift_strength != "held_out":
+    shifts = recipe.weights.target_shift != "off" and recipe.weights.shift_strength == "held_out"
+    if not shifts and not recipe.norm_tweaking.steps:
         return 0
     if num_windows < 4:
+        switch = "weights.shift_strength to a number" if shifts else "norm_tweaking.steps to 0"
         raise RecipeError(
-            "weights.shift_strength",
+            "weights.shift_strength" if shifts else "norm_tweaking.steps",
             expected="at least 4 calibration windows, of which one is held out",
             found=f"{num_windows}",
-            action="Use more text, a smaller calibration.window_size, or set weights.shift_strength to a number.",
+            action=f"Use more text, a smaller calibration.window_size, or set {switch}.",
         )
     return min(recipe.calibration.held_out_windows, num_windows // 4)
 
@@ -87,7 +102,7 @@ def start_calibration(
         RecipeError: too few windows for what is asked.
         ModelError: windows longer than the model allows, or wrong tensors.
     """
-    calibration, settings = recipe.calibration, layer_settings(recipe)
+    calibration, settings = recipe.calibration, layer_settings(recipe, source)
     stream = partial(
         embed,
         embedding=load_embedding(source, spec, dtype=dtype, device=device),
@@ -95,7 +110,8 @@ def start_calibration(
         windows_per_batch=calibration.windows_per_batch,
         num_held_out=num_held_out(recipe, windows.num_windows),
     )
-    if settings.shift is not None or settings.measure_full_precision:
+    needs_all = settings.shift is not None or settings.norm_tweaking is not None
+    if needs_all or settings.measure_full_precision:
         return LayerCalibration(stream(windows), stream(windows), settings, stage_started=stage_started)
     reference = windows.first(calibration.full_precision_windows)
     full_precision = stream(reference) if calibration.full_precision_windows else None
@@ -106,4 +122,14 @@ def _shift(weights: WeightRecipe) -> ShiftSettings | None:
     if weights.target_shift == "off":
         return None
     strength = None if weights.shift_strength == "held_out" else weights.shift_strength
-    return ShiftSettings(strength=strength, damp_ratio=weights.damp_ratio)
+    return ShiftSettings(rule=weights.target_shift, strength=strength, damp_ratio=weights.damp_ratio)
+
+
+def _norm_tweaking(norms: NormTweakingRecipe, source: TensorSource) -> NormTweakSettings | None:
+    if not norms.steps:
+        return None
+    return NormTweakSettings(
+        steps=norms.steps,
+        learning_rate=norms.learning_rate,
+        stored_dtype=lambda name: source.info(name).torch_dtype,
+    )

@@ -15,10 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from optgptq.calibration.moments import InputMoment
+from optgptq.calibration.moments import InputMoment, add_sum
 from optgptq.numerics import exact_float32_products
-
-_TOKENS_PER_CHUNK = 8192
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -42,11 +40,7 @@ class Drift:
 
     def add(self, inputs_TI: torch.Tensor, drift_TX: torch.Tensor) -> None:
         """Add tokens."""
-        dtype = self.sum_XI.dtype
-        with exact_float32_products():
-            for begin in range(0, len(inputs_TI), _TOKENS_PER_CHUNK):
-                chunk = slice(begin, begin + _TOKENS_PER_CHUNK)
-                self.sum_XI.addmm_(drift_TX[chunk].to(dtype).T, inputs_TI[chunk].to(dtype))
+        add_sum(drift_TX, inputs_TI, self.sum_XI)
         self.num_tokens += len(inputs_TI)
 
     def merge(self, other: Drift) -> None:
@@ -55,9 +49,13 @@ class Drift:
         self.num_tokens += other.num_tokens
         self.held_out += other.held_out
 
+    def mean(self) -> torch.Tensor:
+        """Return the mean of `drift x^T`."""
+        return self.sum_XI / max(self.num_tokens, 1)
+
     def gap(self, weight_OI: torch.Tensor) -> torch.Tensor:
         """Return the mean of `drift of the output * x^T`, `[O, I]`, in the dtype of the sum."""
-        mean_XI = self.sum_XI / max(self.num_tokens, 1)
+        mean_XI = self.mean()
         if self.of_output:
             return mean_XI
         with exact_float32_products():

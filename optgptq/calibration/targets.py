@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -34,10 +35,13 @@ class ShiftSettings:
     """How far targets are shifted.
 
     Attributes:
+        rule: `exact`, or `gptaq`: no target is shifted, but the solver follows the published column rule
+            (`optgptq.solvers.gptaq`), which needs a strength.
         strength: share of the shift; None: of each linear what is best on the windows held out.
         damp_ratio: share of the mean diagonal that is added to the moment.
     """
 
+    rule: Literal["exact", "gptaq"] = "exact"
     strength: float | None = None
     damp_ratio: float = 0.01
 

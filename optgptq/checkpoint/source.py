@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,3 +41,54 @@ class TensorSource(Protocol):
     def read_chunks(self, name: str, chunk_bytes: int = ...) -> Iterator[torch.Tensor]:
         """Yield the bytes of tensor `name` as uint8 tensors of `chunk_bytes`, the last one shorter."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReplacedTensors:
+    """A `TensorSource` of which some tensors have other values, in the dtype and shape that they have in `source`.
+
+    Attributes:
+        source: everything else.
+        replacements: new tensors by name.
+    """
+
+    source: TensorSource
+    replacements: Mapping[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.replacements.items():
+            info = self.source.info(name)
+            if (tensor.dtype, tuple(tensor.shape)) != (info.torch_dtype, info.shape):
+                raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} in the place of {info}")
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.source.config
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.source.tensors
+
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        return self.source.side_files
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype and shape of tensor `name`; ModelError if there is none."""
+        return self.source.info(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return tensor `name` on the CPU, in memory of its own."""
+        replacement = self.replacements.get(name)
+        return self.source.read(name) if replacement is None else replacement.to("cpu", copy=True)
+
+    def read_chunks(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[torch.Tensor]:
+        """Yield the bytes of tensor `name` as uint8 tensors of `chunk_bytes`, the last one shorter."""
+        if name not in self.replacements:
+            yield from self.source.read_chunks(name, chunk_bytes)
+            return
+        yield from torch.split(self.read(name).contiguous().reshape(-1).view(torch.uint8), chunk_bytes)

@@ -66,7 +66,11 @@ def find_grids(
     return cheapest.scale_CO, cheapest.zero_point_CO
 
 
-def scan_steps(grid: GridSettings, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+ScanSteps = tuple[torch.Tensor, torch.Tensor]
+"""What `scan_steps` returns."""
+
+
+def scan_steps(grid: GridSettings, dtype: torch.dtype) -> ScanSteps:
     """Return what is tried: `[K]` shares of the full range, then `[K]` factors of the best scale among them."""
     spacing = (1 - _SMALLEST_SHARE[grid.bits]) / (_COARSE_STEPS - 1)
     shares_K = 1 - spacing * torch.arange(_COARSE_STEPS, dtype=dtype)

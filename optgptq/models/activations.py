@@ -1,4 +1,4 @@
-"""Activation functions by the names that configs use. Each may overwrite its input."""
+"""Activation functions by the names that configs use. Each may overwrite an input that needs no gradient."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _silu(x: torch.Tensor) -> torch.Tensor:
-    return F.silu(x, inplace=True)
+    return F.silu(x, inplace=not x.requires_grad)
 
 
 def _relu(x: torch.Tensor) -> torch.Tensor:
-    return x.relu_()
+    return x.relu() if x.requires_grad else x.relu_()
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:

@@ -161,7 +161,11 @@ def _biased_attention(
     query = query_BNSD.reshape(batch, num_kv_heads, num_heads // num_kv_heads, num_queries, head_dim)
     scores = torch.matmul(query, key_BKTD.unsqueeze(2).transpose(-1, -2)).float()
     bias = bias if bias.dim() == 2 else bias.view(num_kv_heads, num_heads // num_kv_heads, *bias.shape[1:])
-    scores.mul_(scale / softcap).tanh_().mul_(softcap).add_(bias)
+    if scores.requires_grad:
+        # The gradient of tanh needs its result.
+        scores = torch.tanh(scores * (scale / softcap)) * softcap + bias
+    else:
+        scores.mul_(scale / softcap).tanh_().mul_(softcap).add_(bias)
     weights = torch.softmax(scores, dim=-1).to(value_BKTD.dtype)
     return torch.matmul(weights, value_BKTD.unsqueeze(2)).reshape(batch, num_heads, num_queries, head_dim)
 

@@ -19,7 +19,7 @@ from optgptq.models.activations import ACTIVATIONS
 from optgptq.models.attention import AttentionContext
 from optgptq.models.linear import LinearLike
 from optgptq.models.norm import Norm
-from optgptq.models.rope import rotate_in_place
+from optgptq.models.rope import rotate
 from optgptq.models.spec import STAGE_NAMES, DecoderSpec, StageName
 
 
@@ -131,8 +131,7 @@ class DecoderLayer:
         rope = self.spec.layers[self.index].rope
         if rope is not None:
             table = context.rope_tables[rope]
-            rotate_in_place(query_BSND, table)
-            rotate_in_place(key_BSKD, table)
+            query_BSND, key_BSKD = rotate(query_BSND, table), rotate(key_BSKD, table)
         return query_BSND.transpose(1, 2), key_BSKD.transpose(1, 2), value_BSKD.transpose(1, 2)
 
     def _split_heads(self, inputs_BSM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -170,7 +169,8 @@ class DecoderLayer:
         if not self.spec.gated:
             return activation(outputs[0])
         gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
-        return activation(gate).mul_(up)
+        activated = activation(gate)
+        return activated * up if activated.requires_grad else activated.mul_(up)
 
     def _branch_input(self, norm: Norm | None, hidden_BSM: torch.Tensor) -> torch.Tensor:
         return hidden_BSM if norm is None or self.spec.norm_after else norm(hidden_BSM)

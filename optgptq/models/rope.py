@@ -47,6 +47,18 @@ def rotate_in_place(heads_BSND: torch.Tensor, table: RopeTable) -> None:
     first.copy_(rotated)
 
 
+def rotate(heads_BSND: torch.Tensor, table: RopeTable) -> torch.Tensor:
+    """Return the heads with their leading features rotated; overwrites `heads_BSND` unless it needs a gradient."""
+    if not heads_BSND.requires_grad:
+        rotate_in_place(heads_BSND, table)
+        return heads_BSND
+    # Heads may be views of one fused projection, of which autograd lets none be written to.
+    half = table.cosine.shape[-1]
+    first, second, rest = heads_BSND[..., :half], heads_BSND[..., half : 2 * half], heads_BSND[..., 2 * half :]
+    turned = first * table.cosine - second * table.sine, second * table.cosine + first * table.sine
+    return torch.cat((*turned, rest), dim=-1)
+
+
 def inverse_frequencies(rope: RopeSpec, *, num_positions: int) -> torch.Tensor:
     """Return float32 `[R/2]`; `num_positions` decides the regime of `dynamic` and `longrope`."""
     exponent = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim

@@ -53,8 +53,10 @@ def load_library(folder: Path = _FOLDER) -> Library | None:
     except OSError:
         return None
     shared.optgptq_round_group.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    shared.optgptq_refine_rows.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    shared.optgptq_add_bfloat16_moment.argtypes = [pointer, integer, integer, integer, pointer, integer, integer]
+    factors = (pointer, integer, integer) * 2
+    shared.optgptq_add_bfloat16_products.argtypes = [*factors, integer, pointer, integer, integer]
     return Library(
         shared=shared,
         paths=tuple(name for name, number in PATHS.items() if shared.optgptq_supported(number)),

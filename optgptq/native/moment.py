@@ -1,6 +1,6 @@
-"""Sums of `x x^T` of bfloat16 inputs by the processor's own instruction.
+"""Sums of `x x^T` and `y x^T` of bfloat16 numbers by the processor's own instruction.
 
-Shapes: `T` tokens, `I` input columns.
+Shapes: `T` tokens, `I` input columns, `X` columns of another matrix of the same tokens.
 """
 
 from __future__ import annotations
@@ -11,12 +11,19 @@ from optgptq.native.library import check_done, load_library
 
 
 def adds_moment(inputs_TI: torch.Tensor, sum_II: torch.Tensor) -> bool:
-    """Say whether `add_moment` takes these: bfloat16 inputs and a float32 sum on a processor with the instruction.
+    """Say whether `add_moment` takes these, as `adds_products` does."""
+    return adds_products(inputs_TI, inputs_TI, sum_II)
+
+
+def adds_products(left_TX: torch.Tensor, right_TI: torch.Tensor, sum_XI: torch.Tensor) -> bool:
+    """Say whether `add_products` takes these: bfloat16 and a float32 sum on a processor with the instruction.
 
     Shapes that do not fit are left to torch, which says so.
     """
-    fits = inputs_TI.shape[1:] == sum_II.shape[1:] and inputs_TI.device.type == sum_II.device.type == "cpu"
-    if not fits or (inputs_TI.dtype, sum_II.dtype) != (torch.bfloat16, torch.float32):
+    tensors = (left_TX, right_TI, sum_XI)
+    fits = sum_XI.shape == (*left_TX.shape[1:], *right_TI.shape[1:]) and len(left_TX) == len(right_TI)
+    is_bfloat16 = left_TX.dtype == right_TI.dtype == torch.bfloat16 and sum_XI.dtype == torch.float32
+    if not fits or not is_bfloat16 or any(tensor.device.type != "cpu" for tensor in tensors):
         return False
     library = load_library()
     return library is not None and library.bfloat16_products
@@ -25,21 +32,40 @@ def adds_moment(inputs_TI: torch.Tensor, sum_II: torch.Tensor) -> bool:
 def add_moment(inputs_TI: torch.Tensor, sum_II: torch.Tensor) -> None:
     """Add `X^T X` to `sum_II` in place, on and above the diagonal; below it whatever comes out may stand.
 
+    Numbers as those of `add_products`.
+    """
+    _add(inputs_TI, None, sum_II)
+
+
+def add_products(left_TX: torch.Tensor, right_TI: torch.Tensor, sum_XI: torch.Tensor) -> None:
+    """Add `left^T right` to `sum_XI` in place.
+
     Products of bfloat16 numbers are exact in float32 and sums are float32, 128 tokens before they are added to
     what is there. Numbers below 2^-126 count as zero.
     """
+    _add(left_TX, right_TI, sum_XI)
+
+
+def _add(left_TX: torch.Tensor, right_TI: torch.Tensor | None, sum_XI: torch.Tensor) -> None:
+    """Add to the sum; without a right factor the left one is both."""
     library = load_library()
     assert library is not None
-    if inputs_TI.stride(1) != 1:
-        inputs_TI = inputs_TI.contiguous()
-    assert sum_II.shape == (inputs_TI.shape[1], inputs_TI.shape[1])
-    assert sum_II.stride(1) == 1
-    status = library.shared.optgptq_add_bfloat16_moment(
-        inputs_TI.data_ptr(),
-        inputs_TI.stride(0),
-        *inputs_TI.shape,
-        sum_II.data_ptr(),
-        sum_II.stride(0),
-        torch.get_num_threads(),
+    left_TX = _rows(left_TX)
+    factors = [left_TX.data_ptr(), left_TX.stride(0), left_TX.shape[1]]
+    if right_TI is None:
+        factors += [0, 0, 0]
+    else:
+        right_TI = _rows(right_TI)
+        assert len(left_TX) == len(right_TI)
+        factors += [right_TI.data_ptr(), right_TI.stride(0), right_TI.shape[1]]
+    assert sum_XI.shape == (left_TX.shape[1], (left_TX if right_TI is None else right_TI).shape[1])
+    assert sum_XI.stride(1) == 1
+    status = library.shared.optgptq_add_bfloat16_products(
+        *factors, len(left_TX), sum_XI.data_ptr(), sum_XI.stride(0), torch.get_num_threads()
     )
     check_done(status)
+
+
+def _rows(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the matrix with the numbers of a row side by side."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

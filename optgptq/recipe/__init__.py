@@ -11,22 +11,26 @@ from optgptq.recipe.loading import (
     shipped_recipes,
 )
 from optgptq.recipe.records import (
+    AttentionRecipe,
     CalibrationRecipe,
     ExportRecipe,
     KVCacheRecipe,
     Recipe,
+    TransformRecipe,
     WeightRecipe,
     WeightRule,
 )
 from optgptq.recipe.rules import ResolvedWeight, check_rules, resolve_weight
 
 __all__ = [
+    "AttentionRecipe",
     "CalibrationRecipe",
     "ExportRecipe",
     "KVCacheRecipe",
     "Recipe",
     "ResolvedWeight",
     "ShippedRecipe",
+    "TransformRecipe",
     "WeightRecipe",
     "WeightRule",
     "check_rules",

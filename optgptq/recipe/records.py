@@ -29,7 +29,7 @@ ColumnOrder = Literal["natural", "activation", "group_aware", "min_pivot"]
 GridSearch = Literal["minmax", "mse", "hessian", "pivot", "walk"]
 GroupGrids = Literal["dynamic", "static"]
 FloatDtype = Literal["float32", "float64"]
-TargetShift = Literal["off", "exact"]
+TargetShift = Literal["off", "exact", "gptaq"]
 AttentionRows = Literal["off", "pooled", "softmax"]
 RowOrder = Literal["natural", "activation"]
 Rotation = Literal["none", "hadamard", "random"]
@@ -120,7 +120,9 @@ class WeightRecipe(Section):
     column_block: int = Field(default=16, strict=True, ge=1, le=4096, description="columns updated one by one")
     solver_dtype: FloatDtype = Field(default="float32", description="arithmetic of the solve")
     target_shift: TargetShift = Field(
-        default="off", description="exact: each linear also makes up for the errors made before it"
+        default="off",
+        description="exact: each linear also makes up for the errors made before it; gptaq: the published column rule, "
+        "to reproduce published tables",
     )
     shift_strength: Literal["held_out"] | Share = Field(
         default="held_out", description="share of the target shift; held_out: of each linear what is best on other text"
@@ -189,6 +191,15 @@ class TransformRecipe(Section):
     seed: int = Field(default=0, strict=True, ge=0, lt=2**63, description="seed of the rotations")
 
 
+class NormTweakingRecipe(Section):
+    """Training of the norm weights behind the quantized linears of each decoder layer: the one step with gradients."""
+
+    steps: int = Field(default=0, strict=True, ge=0, le=100_000, description="steps per decoder layer; 0: off")
+    learning_rate: float = Field(
+        default=5e-3, strict=True, gt=0, le=1, description="first step, as a share of the size of each norm's weights"
+    )
+
+
 class CalibrationRecipe(Section):
     """Which text the model reads while it is measured."""
 
@@ -222,7 +233,9 @@ class CalibrationRecipe(Section):
         default=4, strict=True, ge=0, description="windows also run through unquantized layers, to measure output error"
     )
     held_out_windows: PositiveInt = Field(
-        default=8, description="windows kept out of all moments, on which the strength of the target shift is chosen"
+        default=8,
+        description="windows kept out of all moments, on which the strength of the target shift is chosen "
+        "and trained norms are judged",
     )
     compute_dtype: Literal["auto", "float32"] = Field(
         default="auto",
@@ -280,6 +293,7 @@ class Recipe(Section):
     weights: WeightRecipe = Field(default=WeightRecipe(), description="how weights are quantized")
     attention: AttentionRecipe = Field(default=AttentionRecipe(), description="what attention_aware sees")
     transform: TransformRecipe = Field(default=TransformRecipe(), description="changes before quantization")
+    norm_tweaking: NormTweakingRecipe = Field(default=NormTweakingRecipe(), description="training of norm weights")
     calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="which text is read")
     kv_cache: KVCacheRecipe = Field(default=KVCacheRecipe(), description="how keys and values are kept")
     export: ExportRecipe = Field(default=ExportRecipe(), description="what is written")
@@ -301,5 +315,18 @@ class Recipe(Section):
                 expected="quantized where targets are shifted",
                 found=f"{self.calibration.moment_stream} with target_shift {self.weights.target_shift}",
                 action="Set calibration.moment_stream=quantized or weights.target_shift=off.",
+            )
+        if self.weights.target_shift == "gptaq" and (
+            self.weights.method != "gptq"
+            or self.weights.shift_strength == "held_out"
+            or self.weights.scale_refit
+            or self.weights.code_sweeps
+        ):
+            raise impossible(
+                "weights.target_shift",
+                expected="exact, unless method is gptq, shift_strength is a number, and nothing is refined",
+                found="gptaq with other settings",
+                action="Set weights.method=gptq, weights.shift_strength=0.25, weights.scale_refit=false and "
+                "weights.code_sweeps=0, or weights.target_shift=exact.",
             )
         return self

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from optgptq.grids.search import scan_steps
 from optgptq.grids.settings import GridSettings
 from optgptq.solvers.coupled_losses import gram
 from optgptq.solvers.problem import SolverSettings
@@ -75,6 +76,7 @@ class Panel:
         self.inverse_DN1 = output_NDD.diagonal(dim1=1, dim2=2).T.reciprocal()[:, :, None]
         self.grids = grids
         self.settings = settings
+        self.steps = scan_steps(grids.grid, weight_LDN.dtype)
         self.row_block = head_size if settings.row_block == -1 else settings.row_block
         self.errors: list[torch.Tensor] = []
         self.codes: list[torch.Tensor] = []
@@ -126,7 +128,13 @@ class Panel:
             rounded = round_on_grids(weight_LN, pending_LN, self.upper_LL, grids, column_block=block, backend=backend)
         else:
             rounded = round_group(
-                weight_LN, pending_LN, self.upper_LL, self.grids.grid, column_block=block, backend=backend
+                weight_LN,
+                pending_LN,
+                self.upper_LL,
+                self.grids.grid,
+                column_block=block,
+                backend=backend,
+                steps=self.steps,
             )
             self.grids.scale_GDN[0, row] = rounded.scale_O
             self.grids.zero_point_GDN[0, row] = rounded.zero_point_O
@@ -147,6 +155,7 @@ class Panel:
             self.grids.grid,
             column_block=self.settings.column_block,
             backend=self.settings.backend,
+            steps=self.steps,
         )
         self.grids.scale_GDN[0, begin:end] = rounded.scale_O.view_as(inverse_BN)
         self.grids.zero_point_GDN[0, begin:end] = rounded.zero_point_O.view_as(inverse_BN)

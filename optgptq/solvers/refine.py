@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from optgptq.affine_weight import AffineWeight
-from optgptq.solvers.lanes import Plan, WalkColumns
+from optgptq.solvers.lanes import Lanes, Plan, WalkColumns
+from optgptq.solvers.problem import SolverSettings
 
 # Rows refined at once: bounds the memory.
 _ROWS = 2048
@@ -44,11 +45,9 @@ def refine(
     target_OI: torch.Tensor,
     moment_II: torch.Tensor,
     weight: AffineWeight,
+    settings: SolverSettings,
     *,
-    scale_refit: bool,
-    code_sweeps: int,
     rounds: int = 2,
-    dtype: torch.dtype = torch.float32,
 ) -> Refined:
     """Return the weight refined towards a target; no row loses more than before.
 
@@ -56,25 +55,20 @@ def refine(
         target_OI: what the weight should be, `[O, I]`, any float dtype.
         moment_II: undamped input moment; columns without one keep their codes.
         weight: a solution; changed nowhere.
-        scale_refit: whether scales are refitted.
-        code_sweeps: sweeps of coordinate descent in a round; 0 keeps the codes.
-        rounds: how often both take turns.
-        dtype: arithmetic.
+        settings: `scale_refit`, `code_sweeps`, `dtype` and `backend` count.
+        rounds: how often scales and codes take turns.
 
     Raises:
         ValueError: the columns of a group are scattered (`group_index_I`).
     """
-    columns = WalkColumns.of(moment_II.to(dtype), weight)
-    plan = Plan(scale_refit, code_sweeps, rounds)
+    columns, plan = WalkColumns.of(moment_II.to(settings.dtype), weight), _plan(settings, rounds)
     parts, losses = [], []
     for begin in range(0, weight.out_features, _ROWS):
         old = _rows(weight, slice(begin, begin + _ROWS))
-        target_IR = columns.arranged(target_OI[begin : begin + _ROWS].to(dtype))
-        lanes = columns.lanes(old, dtype)
+        target_IR = columns.arranged(target_OI[begin : begin + _ROWS].to(settings.dtype))
+        lanes = columns.lanes(old, settings.dtype)
         before_R = columns.losses(target_IR - lanes.levels(columns))
-        for index in range(plan.rounds):
-            if not lanes.improve(target_IR, columns, plan, is_last=index + 1 == plan.rounds):
-                break
+        lanes.improve(target_IR, columns, plan)
         after_R = columns.losses(target_IR - lanes.levels(columns))
         # Also what is lower by less than the arithmetic can tell is no gain.
         is_better_R = after_R < before_R
@@ -88,11 +82,9 @@ def refine_two_sided(
     input_moment_II: torch.Tensor,
     output_moment_NDD: torch.Tensor,
     weight: AffineWeight,
+    settings: SolverSettings,
     *,
-    scale_refit: bool,
-    code_sweeps: int,
     rounds: int = 1,
-    dtype: torch.dtype = torch.float32,
 ) -> Refined:
     """Return the weight refined under `tr(B X H X^T)` of each head; no head loses more than before.
 
@@ -108,39 +100,38 @@ def refine_two_sided(
     Raises:
         ValueError: the columns of a group are scattered (`group_index_I`).
     """
-    num_heads, head_size, _ = target_NDI.shape
-    columns = WalkColumns.of(input_moment_II.to(dtype), weight)
-    plan = Plan(scale_refit, code_sweeps, 1)
-    target_DIN = torch.stack([columns.arranged(target_NDI[:, row].to(dtype)) for row in range(head_size)])
-    lanes_D = [columns.lanes(_rows(weight, slice(row, None, head_size)), dtype) for row in range(head_size)]
-    error_DIN = target_DIN - torch.stack([lanes.levels(columns) for lanes in lanes_D])
-    before_ND = columns.coupled_losses(error_DIN, output_moment_NDD)
-    share_NDD = _shares(output_moment_NDD).to(dtype)
+    shape_NDI, head_size = target_NDI.shape, target_NDI.shape[1]
+    columns, plan = WalkColumns.of(input_moment_II.to(settings.dtype), weight), _plan(settings, 1)
+    lanes = columns.lanes(weight, settings.dtype)
+    target_IR = columns.arranged(target_NDI.flatten(0, 1).to(settings.dtype))
+    error_NDI = (target_IR - lanes.levels(columns)).T.reshape(shape_NDI)
+    before_ND = columns.coupled_losses(error_NDI, output_moment_NDD)
+    share_NDD = _shares(output_moment_NDD).to(settings.dtype)
+    target_DIN = target_IR.view(len(target_IR), -1, head_size).permute(2, 0, 1).contiguous()
+    lanes_D = lanes.interleaved(head_size)
     for _ in range(rounds):
         changed = False
-        for row, lanes in enumerate(lanes_D):
-            others_IN = torch.einsum("kin,nk->in", error_DIN, share_NDD[:, row])
-            changed |= lanes.improve(target_DIN[row] + others_IN, columns, plan, is_last=True)
-            error_DIN[row] = target_DIN[row] - lanes.levels(columns)
+        for row, row_lanes in enumerate(lanes_D):
+            others_NI = torch.bmm(share_NDD[:, row : row + 1], error_NDI)[:, 0]
+            changed |= row_lanes.improve(target_DIN[row] + others_NI.T, columns, plan)
+            error_NDI[:, row] = (target_DIN[row] - row_lanes.levels(columns)).T
         if not changed:
             break
-    after_ND = columns.coupled_losses(error_DIN, output_moment_NDD)
+    after_ND = columns.coupled_losses(error_NDI, output_moment_NDD)
     is_better_N = after_ND.sum(dim=1) < before_ND.sum(dim=1)
-    parts = [
-        columns.weight(lanes, _rows(weight, slice(row, None, head_size)), is_better_N)
-        for row, lanes in enumerate(lanes_D)
-    ]
-    by_row = _joined(parts, weight)
-    by_head_O = torch.arange(num_heads * head_size, device=weight.codes_OI.device)
-    by_head_O = by_head_O.view(head_size, num_heads).T.reshape(-1)
-    refined = replace(
-        by_row,
-        codes_OI=by_row.codes_OI[by_head_O],
-        scale_OG=by_row.scale_OG[by_head_O],
-        zero_point_OG=by_row.zero_point_OG[by_head_O],
-    )
+    taken_O = is_better_N.repeat_interleave(head_size)
+    refined = _joined([columns.weight(Lanes.joined(lanes_D), weight, taken_O)], weight)
     loss_ND = torch.where(is_better_N[:, None], after_ND, before_ND)
     return Refined(weight=refined, row_loss_O=loss_ND.reshape(-1))
+
+
+def _plan(settings: SolverSettings, rounds: int) -> Plan:
+    return Plan(
+        scale_refit=settings.scale_refit,
+        code_sweeps=settings.code_sweeps,
+        rounds=rounds,
+        backend=settings.backend,
+    )
 
 
 def _shares(output_moment_NDD: torch.Tensor) -> torch.Tensor:

@@ -34,14 +34,7 @@ class RefinedSolver:
             return solution
         started = time.perf_counter()
         if solution.coupled is None:
-            refined = refine(
-                problem.weight_OI,
-                problem.input_moment_II,
-                solution.weight,
-                scale_refit=settings.scale_refit,
-                code_sweeps=settings.code_sweeps,
-                dtype=settings.dtype,
-            )
+            refined = refine(problem.weight_OI, problem.input_moment_II, solution.weight, settings)
             weight, row_loss_O = refined.weight, refined.row_loss_O
         else:
             weight = _refine_coupled(problem, solution.weight)
@@ -63,12 +56,5 @@ def _refine_coupled(problem: LayerProblem, weight: AffineWeight) -> AffineWeight
     is_coupled_N = factor_outputs(problem, problem.output_moment_NDD).is_coupled_N
     alone_NDD = torch.eye(moment_NDD.shape[1], dtype=torch.float64, device=moment_NDD.device)
     used_NDD = torch.where(is_coupled_N[:, None, None], damped_NDD, alone_NDD)
-    return refine_two_sided(
-        problem.weight_OI.reshape(*used_NDD.shape[:2], -1),
-        problem.input_moment_II,
-        used_NDD,
-        weight,
-        scale_refit=settings.scale_refit,
-        code_sweeps=settings.code_sweeps,
-        dtype=settings.dtype,
-    ).weight
+    target_NDI = problem.weight_OI.reshape(*used_NDD.shape[:2], -1)
+    return refine_two_sided(target_NDI, problem.input_moment_II, used_NDD, weight, settings).weight

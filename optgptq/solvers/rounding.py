@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from optgptq.grids.search import ErrorPrice, find_grids, scan_steps
+from optgptq.grids.search import ErrorPrice, ScanSteps, find_grids, scan_steps
 from optgptq.grids.settings import GridSettings
 from optgptq.native.group import GivenGrids, GridScan, Walked, path_for, search_grids, walk_given, walk_searched
 from optgptq.native.library import Backend
@@ -67,6 +67,7 @@ def round_group(
     *,
     column_block: int,
     backend: Backend = "auto",
+    steps: ScanSteps | None = None,
 ) -> RoundedGroup:
     """Return the group rounded on the grid that its columns ask for as they stand.
 
@@ -80,11 +81,12 @@ def round_group(
         grid: grid settings.
         column_block: columns that update each other one by one; wider ranges are updated by products.
         backend: who does it; `torch` is the definition of the others.
+        steps: those of `scan_steps`, for many calls with little work in each.
     """
     count = num_walked(grid)
     path = path_for(backend, weight_LO, pending_LO, upper_LL)
     if path is not None and grid.search != "hessian":
-        scan = _grid_scan(upper_LL.diagonal().square(), grid, count)
+        scan = _grid_scan(upper_LL.diagonal().square(), grid, count, steps)
         walked = walk_searched(path, weight_LO, pending_LO, upper_LL, scan, half_step=_HALF_STEP)
         assert walked.scale_O is not None
         assert walked.zero_point_O is not None
@@ -161,8 +163,8 @@ def error_price(upper_LL: torch.Tensor) -> ErrorPrice:
     return ErrorPrice(upper_LL.diagonal().square(), upper_LL @ upper_LL.T)
 
 
-def _grid_scan(diagonal_L: torch.Tensor, grid: GridSettings, count: int) -> GridScan:
-    shares_K, factors_K = scan_steps(grid, diagonal_L.dtype)
+def _grid_scan(diagonal_L: torch.Tensor, grid: GridSettings, count: int, steps: ScanSteps | None = None) -> GridScan:
+    shares_K, factors_K = scan_steps(grid, diagonal_L.dtype) if steps is None else steps
     return GridScan(
         price_L=torch.ones_like(diagonal_L) if grid.search == "mse" else diagonal_L,
         shares_K=shares_K[:0] if grid.search == "minmax" else shares_K,

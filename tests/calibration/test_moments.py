@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.backends import mkldnn
 
-from optgptq.calibration.moments import InputMoment
+from optgptq.calibration.moments import InputMoment, add_sum
 
 MKLDNN_MATMUL: Any = mkldnn.matmul  # type: ignore[attr-defined]
 
@@ -128,3 +128,14 @@ def test_a_setting_of_the_caller_does_not_reach_float32_products() -> None:
     expected_II = moment_of(inputs_TI).mean()
     mean_II = moment_of(inputs_TI, dtype=torch.float32).mean()
     assert float((mean_II - expected_II).norm() / expected_II.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("sum_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_of_two_matrices_are_those_of_float64(dtype: torch.dtype, sum_dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left_TX, right_TI = (torch.randn(8200, columns, generator=generator).to(dtype) for columns in (5, 7))
+    sum_XI = torch.ones(5, 7, dtype=sum_dtype)
+    add_sum(left_TX, right_TI, sum_XI)
+    expected_XI = left_TX.double().T @ right_TI.double() + 1
+    torch.testing.assert_close(sum_XI.double(), expected_XI, rtol=1e-5, atol=1e-3)

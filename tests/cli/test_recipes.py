@@ -11,7 +11,16 @@ from optgptq.errors import UsageError
 from optgptq.recipe import load_recipe, recipe_schema
 from optgptq_cli.recipes import recipes
 
-NAMES = ["gptq-w2", "gptq-w3", "gptq-w4", "gptq-w8", "rtn-w4"]
+NAMES = [
+    "attention-aware-w2",
+    "attention-aware-w3",
+    "attention-aware-w4",
+    "gptq-w2",
+    "gptq-w3",
+    "gptq-w4",
+    "gptq-w8",
+    "rtn-w4",
+]
 
 
 def run(*arguments: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from optgptq.calibration.moments import InputMoment
 from optgptq.native import moment as moment_module
 from optgptq.native.library import load_library
-from optgptq.native.moment import add_moment, adds_moment
+from optgptq.native.moment import add_moment, add_products, adds_moment, adds_products
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +89,41 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         sums.append(sum_II.triu())
     assert torch.equal(sums[0], sums[1])
     assert torch.equal(sums[0], sums[2])
+
+
+@pytest.mark.parametrize(("num_left", "num_right"), [(1, 1), (5, 97), (48, 49), (200, 33)])
+@pytest.mark.parametrize("num_tokens", [1, 131, 4099])
+def test_products_of_two_matrices_are_those_of_float64(num_tokens: int, num_left: int, num_right: int) -> None:
+    left_TX, right_TI = inputs(num_tokens, num_left), inputs(num_tokens, num_right, seed=1)
+    exact_XI = left_TX.double().T @ right_TI.double()
+    around_XI = torch.full((num_left + 2, num_right + 2), 3.0)
+    add_products(left_TX, right_TI, around_XI[1:-1, 1:-1])
+    found_XI = around_XI.double() - 3
+    size = float(left_TX.double().norm() * right_TI.double().norm())
+    assert float((found_XI[1:-1, 1:-1] - exact_XI).norm()) < 1e-6 * size
+    found_XI[1:-1, 1:-1] = 0
+    assert float(found_XI.abs().max()) == 0
+
+
+def test_products_of_views_of_one_matrix_are_whole() -> None:
+    inputs_TI, sum_XI = inputs(100, 60), torch.zeros(20, 60)
+    add_products(inputs_TI[:, :20], inputs_TI, sum_XI)
+    torch.testing.assert_close(sum_XI, inputs_TI[:, :20].float().T @ inputs_TI.float(), rtol=1e-5, atol=1e-4)
+    assert adds_products(inputs_TI[:, :20], inputs_TI, sum_XI)
+    assert not adds_products(inputs_TI[:, :20].float(), inputs_TI, sum_XI)
+    assert not adds_products(inputs_TI[:50, :20], inputs_TI, sum_XI)
+    assert not adds_products(inputs_TI, inputs_TI, sum_XI)
+
+
+@pytest.mark.usefixtures("threads_of_torch")
+def test_threads_change_no_bit_of_products() -> None:
+    left_TX, right_TI = inputs(6000, 200), inputs(6000, 320, seed=1)
+    sums = []
+    for num_threads in (1, 3):
+        torch.set_num_threads(num_threads)
+        sums.append(torch.zeros(200, 320))
+        add_products(left_TX, right_TI, sums[-1])
+    assert torch.equal(*sums)
 
 
 def test_only_bfloat16_inputs_with_a_float32_sum_are_taken() -> None:

@@ -7,7 +7,7 @@ from optgptq.recipe.fields import keys_at, nearest_path, recipe_schema, schema_a
 
 def test_every_field_says_in_words_what_it_takes() -> None:
     sections = [(name,) for name in recipe_schema()["properties"] if keys_at((name,))] + [("weights", "rules", 0)]
-    assert len(sections) == 5
+    assert len(sections) == 8
     for section in sections:
         for key in keys_at(section):
             schema = schema_at((*section, key))
@@ -27,10 +27,12 @@ def test_paths_that_lead_nowhere_have_no_schema() -> None:
     [
         (("weight",), "weights"),
         (("weights", "groupsize"), "weights.group_size"),
-        (("weights", "seed"), "calibration.seed"),
+        (("weights", "window_size"), "calibration.window_size"),
         (("num_window",), "calibration.num_windows"),
         (("weights", "rules", 2, "grid"), "weights.rules.2.grid_search"),
         (("export", "fromat"), "export.format"),
+        (("weights", "value_rows"), "attention.value_rows"),
+        (("transform", "residual"), "transform.residual_rotation"),
     ],
 )
 def test_the_nearest_key(path: tuple[str | int, ...], nearest: str) -> None:

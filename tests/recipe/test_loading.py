@@ -13,21 +13,33 @@ from hypothesis import strategies as st
 
 from optgptq.errors import RecipeError
 from optgptq.recipe import (
+    AttentionRecipe,
     CalibrationRecipe,
     ExportRecipe,
     Recipe,
+    TransformRecipe,
     WeightRecipe,
     WeightRule,
     load_recipe,
     recipe_for_record,
     recipe_schema,
     recipe_to_yaml,
-    shipped_recipes,
 )
 
 WEIGHT_KEYS = (
     "method, bits, group_size, symmetric, order, grid_search, group_grids, damp_ratio, column_block, solver_dtype, "
-    "true_sequential, keep_dense, rules"
+    "target_shift, shift_strength, scale_refit, code_sweeps, true_sequential, keep_dense, rules"
+)
+SECTIONS = ("weights", "attention", "transform", "norm_tweaking", "calibration", "kv_cache", "export")
+SHIPPED = (
+    "attention-aware-w2",
+    "attention-aware-w3",
+    "attention-aware-w4",
+    "gptq-w2",
+    "gptq-w3",
+    "gptq-w4",
+    "gptq-w8",
+    "rtn-w4",
 )
 
 
@@ -63,7 +75,7 @@ def test_a_key_in_the_wrong_section_is_pointed_to_its_own(job: Path) -> None:
         "job.yaml line 1, bits",
         "a known key; the nearest is weights.bits",
         "the unknown key 'bits'",
-        "Rename or remove it. Valid keys at the top level: name, description, weights, calibration, kv_cache, export.",
+        f"Rename or remove it. Valid keys at the top level: name, description, {', '.join(SECTIONS)}.",
     )
 
 
@@ -96,7 +108,7 @@ def test_a_key_like_no_other_still_gets_the_nearest(job: Path) -> None:
         (
             "weights:\n  method: gptk",
             "line 2, weights.method",
-            "one of rtn, gptq",
+            "one of rtn, gptq, attention_aware",
             "the text 'gptk'",
             "Did you mean gptq?",
         ),
@@ -213,7 +225,7 @@ def test_the_first_problem_in_the_file_is_told_and_the_others_are_counted(job: P
 def test_a_wrong_override_is_named_and_not_the_file() -> None:
     assert parts(failure("gptq-w4", "weights.seed=1", "weights.bits=5")) == (
         "--set weights.seed=1, weights.seed",
-        "a known key; the nearest is calibration.seed",
+        "a known key; the nearest is transform.seed",
         "the unknown key 'seed'",
         f"Rename or remove it. Valid keys of weights: {WEIGHT_KEYS}. The recipe has 1 more problem.",
     )
@@ -226,7 +238,7 @@ def test_an_override_that_clashes_with_the_file_is_named() -> None:
 def test_an_unknown_name_lists_the_shipped_recipes() -> None:
     assert parts(failure("gptqw4")) == (
         "recipe gptqw4",
-        "a shipped recipe (gptq-w2, gptq-w3, gptq-w4, gptq-w8, rtn-w4) or a file ending in .yaml, .yml or .json",
+        f"a shipped recipe ({', '.join(SHIPPED)}) or a file ending in .yaml, .yml or .json",
         "'gptqw4'",
         "Did you mean gptq-w4?",
     )
@@ -238,7 +250,7 @@ def test_a_missing_file_says_so(job: Path) -> None:
         "recipe job.yaml",
         "a file that can be read",
         "no such file or directory",
-        "Check the path, or name a shipped recipe: gptq-w2, gptq-w3, gptq-w4, gptq-w8, rtn-w4.",
+        f"Check the path, or name a shipped recipe: {', '.join(SHIPPED)}.",
     )
 
 
@@ -256,36 +268,6 @@ def test_a_file_that_holds_no_sections_is_refused(job: Path) -> None:
 def test_an_empty_file_is_all_defaults(job: Path) -> None:
     job.write_text("")
     assert load_recipe(str(job)) == Recipe()
-
-
-def test_shipped_recipes_are_named_after_their_files_and_described() -> None:
-    shipped = shipped_recipes()
-    assert [recipe.name for recipe in shipped] == ["gptq-w2", "gptq-w3", "gptq-w4", "gptq-w8", "rtn-w4"]
-    for entry in shipped:
-        recipe = load_recipe(entry.name)
-        assert recipe.name == entry.name
-        assert recipe.description == entry.description != ""
-        assert load_recipe(str(entry.path)) == recipe
-
-
-@pytest.mark.parametrize(
-    ("name", "method", "bits", "group_size", "symmetric", "layout"),
-    [
-        ("gptq-w8", "gptq", 8, 128, True, "gptq"),
-        ("gptq-w4", "gptq", 4, 128, True, "gptq"),
-        ("gptq-w3", "gptq", 3, 128, True, "compressed-tensors"),
-        ("gptq-w2", "gptq", 2, 64, True, "compressed-tensors"),
-        ("rtn-w4", "rtn", 4, 128, True, "gptq"),
-    ],
-)
-def test_shipped_recipes_do_what_their_names_say(
-    name: str, method: str, bits: int, group_size: int, symmetric: bool, layout: str
-) -> None:
-    recipe = load_recipe(name)
-    found = (recipe.weights.method, recipe.weights.bits, recipe.weights.group_size, recipe.weights.symmetric)
-    assert found == (method, bits, group_size, symmetric)
-    assert recipe.export.format == layout
-    assert recipe.calibration.source == "self"
 
 
 # Surrogates cannot be written as UTF-8; everything else must survive.
@@ -307,8 +289,29 @@ recipes = st.builds(
         bits=st.sampled_from([2, 3, 4, 8]),
         group_size=st.just(-1) | st.integers(16, 1024),
         damp_ratio=st.floats(0, 1, exclude_min=True, exclude_max=True),
+        target_shift=st.sampled_from(["off", "exact"]),
+        shift_strength=st.just("held_out") | st.floats(0, 1),
+        scale_refit=st.booleans(),
+        code_sweeps=st.integers(0, 100),
         keep_dense=st.lists(patterns, max_size=3).map(tuple),
         rules=st.lists(rules, max_size=2).map(tuple),
+    ),
+    attention=st.builds(
+        AttentionRecipe,
+        rows=st.sampled_from(["off", "pooled", "softmax"]),
+        row_windows=st.integers(1, 10**6),
+        row_order=st.sampled_from(["natural", "activation"]),
+        row_block=st.just(-1) | st.integers(1, 1024),
+        values=st.booleans(),
+        value_rows=st.booleans(),
+        value_share=st.floats(0, 1, exclude_min=True),
+    ),
+    transform=st.builds(
+        TransformRecipe,
+        fold_norms=st.booleans(),
+        residual_rotation=st.sampled_from(["none", "hadamard", "random"]),
+        value_rotation=st.sampled_from(["none", "hadamard", "random"]),
+        seed=st.integers(0, 2**63 - 1),
     ),
     calibration=st.builds(
         CalibrationRecipe,
@@ -347,7 +350,7 @@ def test_a_record_holds_every_field_but_no_local_folder(tmp_path: Path) -> None:
 
 def test_the_schema_names_every_field_and_describes_it() -> None:
     schema = recipe_schema()
-    assert list(schema["properties"]) == ["name", "description", "weights", "calibration", "kv_cache", "export"]
+    assert list(schema["properties"]) == ["name", "description", *SECTIONS]
     for section in schema["$defs"].values():
         assert section["additionalProperties"] is False
         for name, field in section["properties"].items():

@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from optgptq.recipe import CalibrationRecipe, ExportRecipe, KVCacheRecipe, Recipe, WeightRecipe, WeightRule
+from optgptq.recipe import (
+    AttentionRecipe,
+    CalibrationRecipe,
+    ExportRecipe,
+    KVCacheRecipe,
+    Recipe,
+    TransformRecipe,
+    WeightRecipe,
+    WeightRule,
+)
 
 
 def problem_types(section: type, **values: object) -> set[str]:
@@ -25,6 +34,10 @@ def test_defaults_are_the_documented_ones() -> None:
         "damp_ratio": 0.01,
         "column_block": 16,
         "solver_dtype": "float32",
+        "target_shift": "off",
+        "shift_strength": "held_out",
+        "scale_refit": False,
+        "code_sweeps": 0,
         "true_sequential": True,
         "keep_dense": (),
         "rules": (),
@@ -43,10 +56,26 @@ def test_defaults_are_the_documented_ones() -> None:
         "chat_template": False,
         "windows_per_batch": None,
         "full_precision_windows": 4,
+        "held_out_windows": 8,
         "compute_dtype": "auto",
         "moment_dtype": "float32",
         "moment_stream": "quantized",
         "self_temperature": 1.0,
+    }
+    assert recipe.attention.model_dump() == {
+        "rows": "softmax",
+        "row_windows": 32,
+        "row_order": "activation",
+        "row_block": 1,
+        "values": True,
+        "value_rows": False,
+        "value_share": 0.25,
+    }
+    assert recipe.transform.model_dump() == {
+        "fold_norms": False,
+        "residual_rotation": "none",
+        "value_rotation": "none",
+        "seed": 0,
     }
     assert recipe.kv_cache == KVCacheRecipe(bits=16)
     assert recipe.export.model_dump() == {"format": "gptq", "max_shard_bytes": 5_000_000_000}
@@ -85,6 +114,28 @@ def test_group_sizes_that_are_taken(group_size: int) -> None:
         (WeightRecipe, "keep_dense", "lm_head"),
         (WeightRecipe, "keep_dense", ["("]),
         (WeightRecipe, "keep_dense", ["a" * 1001]),
+        (WeightRecipe, "target_shift", "full"),
+        (WeightRecipe, "target_shift", True),
+        (WeightRecipe, "shift_strength", -0.1),
+        (WeightRecipe, "shift_strength", 1.1),
+        (WeightRecipe, "shift_strength", float("nan")),
+        (WeightRecipe, "shift_strength", "best"),
+        (WeightRecipe, "scale_refit", 1),
+        (WeightRecipe, "code_sweeps", -1),
+        (WeightRecipe, "code_sweeps", 101),
+        (WeightRecipe, "code_sweeps", True),
+        (AttentionRecipe, "rows", "all"),
+        (AttentionRecipe, "row_windows", 0),
+        (AttentionRecipe, "row_order", "group_aware"),
+        (AttentionRecipe, "row_block", 0),
+        (AttentionRecipe, "values", "yes"),
+        (AttentionRecipe, "value_share", 0),
+        (AttentionRecipe, "value_share", 1.5),
+        (TransformRecipe, "residual_rotation", "dct"),
+        (TransformRecipe, "value_rotation", True),
+        (TransformRecipe, "fold_norms", "hadamard"),
+        (TransformRecipe, "seed", -1),
+        (CalibrationRecipe, "held_out_windows", 0),
         (CalibrationRecipe, "source", ""),
         (CalibrationRecipe, "num_windows", 0),
         (CalibrationRecipe, "window_size", 0),
@@ -128,3 +179,21 @@ def test_orders_that_scatter_groups_need_static_grids_or_one_group(order: str) -
 def test_self_text_has_neither_messages_nor_documents(values: dict[str, object]) -> None:
     assert problem_types(CalibrationRecipe, **values) == {"impossible_combination"}
     assert CalibrationRecipe(source="chat.jsonl", **values).source == "chat.jsonl"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"weights": {"target_shift": "exact", "true_sequential": False}},
+        {"weights": {"target_shift": "exact"}, "calibration": {"moment_stream": "full_precision"}},
+    ],
+)
+def test_a_shift_is_measured_stage_by_stage_in_the_quantized_stream(values: dict[str, dict[str, object]]) -> None:
+    assert problem_types(Recipe, **values) == {"impossible_combination"}
+    off = {**values, "weights": {**values["weights"], "target_shift": "off"}}
+    assert Recipe.model_validate(off).weights.target_shift == "off"
+
+
+@pytest.mark.parametrize("strength", [0, 0.5, 1, "held_out"])
+def test_strengths_that_are_taken(strength: object) -> None:
+    assert WeightRecipe(shift_strength=strength).shift_strength == strength

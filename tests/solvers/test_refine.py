@@ -15,6 +15,7 @@ from support.slow_two_sided import output_moments
 from optgptq.grids.affine import storable_scale
 from optgptq.solvers import gptq
 from optgptq.solvers.descend import CodeDescent
+from optgptq.solvers.problem import SolverSettings
 from optgptq.solvers.refine import refine, refine_two_sided
 from optgptq.solvers.refit_scales import normal_equations, scale_change
 
@@ -74,7 +75,9 @@ def test_no_row_loses_more(
     moment_II = random_moment(30, seed=seed, num_tokens=20 + seed)
     moment_II[4], moment_II[:, 4] = 0, 0
     weight = random_affine(target_OI, bits=bits, group_size=group_size, symmetric=symmetric, seed=seed)
-    refined = refine(target_OI, moment_II, weight, scale_refit=scale_refit, code_sweeps=code_sweeps, dtype=dtype)
+    refined = refine(
+        target_OI, moment_II, weight, SolverSettings(scale_refit=scale_refit, code_sweeps=code_sweeps, dtype=dtype)
+    )
     before_O, after_O = (row_losses(target_OI, moment_II, each) for each in (weight, refined.weight))
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     assert bool((after_O <= before_O * (1 + tolerance)).all())
@@ -95,9 +98,15 @@ def test_no_row_loses_more(
 def test_the_solution_of_gptq_gets_better(bits: int, group_size: int) -> None:
     case = problem(random_weight(40, 60), random_moment(60), bits=bits, group_size=group_size, search="walk")
     solution = gptq.solve(case)
-    scales = refine(case.weight_OI, case.input_moment_II, solution.weight, scale_refit=True, code_sweeps=0)
-    codes = refine(case.weight_OI, case.input_moment_II, solution.weight, scale_refit=False, code_sweeps=2)
-    both = refine(case.weight_OI, case.input_moment_II, solution.weight, scale_refit=True, code_sweeps=2)
+    scales = refine(
+        case.weight_OI, case.input_moment_II, solution.weight, SolverSettings(scale_refit=True, code_sweeps=0)
+    )
+    codes = refine(
+        case.weight_OI, case.input_moment_II, solution.weight, SolverSettings(scale_refit=False, code_sweeps=2)
+    )
+    both = refine(
+        case.weight_OI, case.input_moment_II, solution.weight, SolverSettings(scale_refit=True, code_sweeps=2)
+    )
     before, by_scales, by_codes, by_both = (
         float(loss_O.sum()) for loss_O in (solution.row_loss_O, scales.row_loss_O, codes.row_loss_O, both.row_loss_O)
     )
@@ -109,7 +118,7 @@ def test_the_solution_of_gptq_gets_better(bits: int, group_size: int) -> None:
 def test_rows_are_refined_alike_whatever_stands_beside_them() -> None:
     target_OI, moment_II = random_weight(2055, 20), random_moment(20)
     weight = random_affine(target_OI, bits=2, group_size=10)
-    whole = refine(target_OI, moment_II, weight, scale_refit=True, code_sweeps=1, dtype=torch.float64)
+    whole = refine(target_OI, moment_II, weight, SolverSettings(scale_refit=True, code_sweeps=1, dtype=torch.float64))
     rows = slice(2046, 2051)
     part = replace(
         weight,
@@ -117,7 +126,9 @@ def test_rows_are_refined_alike_whatever_stands_beside_them() -> None:
         scale_OG=weight.scale_OG[rows],
         zero_point_OG=weight.zero_point_OG[rows],
     )
-    alone = refine(target_OI[rows], moment_II, part, scale_refit=True, code_sweeps=1, dtype=torch.float64)
+    alone = refine(
+        target_OI[rows], moment_II, part, SolverSettings(scale_refit=True, code_sweeps=1, dtype=torch.float64)
+    )
     assert torch.equal(whole.weight.codes_OI[rows], alone.weight.codes_OI)
     assert torch.equal(whole.weight.scale_OG[rows], alone.weight.scale_OG)
 
@@ -127,9 +138,13 @@ def test_nothing_given_is_changed() -> None:
     weight = random_affine(target_OI, bits=2, group_size=10)
     given_ = [target_OI, moment_II, weight.codes_OI, weight.scale_OG, weight.zero_point_OG]
     copies = [tensor.clone() for tensor in given_]
-    refine(target_OI, moment_II, weight, scale_refit=True, code_sweeps=2, dtype=torch.float64)
+    refine(target_OI, moment_II, weight, SolverSettings(scale_refit=True, code_sweeps=2, dtype=torch.float64))
     refine_two_sided(
-        target_OI[None], moment_II, output_moments(1, 5), weight, scale_refit=True, code_sweeps=1, dtype=torch.float64
+        target_OI[None],
+        moment_II,
+        output_moments(1, 5),
+        weight,
+        SolverSettings(scale_refit=True, code_sweeps=1, dtype=torch.float64),
     )
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(given_, copies, strict=True))
 
@@ -139,7 +154,7 @@ def test_scattered_groups_are_refused() -> None:
     weight = random_affine(target_OI, bits=2, group_size=10)
     scattered = replace(weight, group_index_I=torch.arange(20, dtype=torch.int32) % 2)
     with pytest.raises(ValueError, match="scattered"):
-        refine(target_OI, random_moment(20), scattered, scale_refit=True, code_sweeps=1)
+        refine(target_OI, random_moment(20), scattered, SolverSettings(scale_refit=True, code_sweeps=1))
 
 
 @given(
@@ -164,10 +179,8 @@ def test_no_head_loses_more(
         moment_II,
         moment_NDD,
         weight,
-        scale_refit=scale_refit,
-        code_sweeps=code_sweeps,
+        SolverSettings(scale_refit=scale_refit, code_sweeps=code_sweeps, dtype=torch.float64),
         rounds=rounds,
-        dtype=torch.float64,
     )
     before_N, after_N = (head_losses(target_NDI, moment_II, moment_NDD, each) for each in (weight, refined.weight))
     assert bool((after_N <= before_N).all())
@@ -180,16 +193,16 @@ def test_rows_that_do_not_meet_are_refined_as_single_rows() -> None:
     target_OI, moment_II = random_weight(HEADS * HEAD_SIZE, 30), random_moment(30)
     weight = random_affine(target_OI, bits=2, group_size=10)
     size_ND = torch.rand(HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
-    alone = refine(target_OI, moment_II, weight, scale_refit=True, code_sweeps=1, rounds=1, dtype=torch.float64)
+    alone = refine(
+        target_OI, moment_II, weight, SolverSettings(scale_refit=True, code_sweeps=1, dtype=torch.float64), rounds=1
+    )
     coupled = refine_two_sided(
         target_OI.view(HEADS, HEAD_SIZE, 30),
         moment_II,
         torch.diag_embed(size_ND),
         weight,
-        scale_refit=True,
-        code_sweeps=1,
+        SolverSettings(scale_refit=True, code_sweeps=1, dtype=torch.float64),
         rounds=1,
-        dtype=torch.float64,
     )
     assert torch.equal(alone.weight.codes_OI, coupled.weight.codes_OI)
     assert torch.equal(alone.weight.scale_OG, coupled.weight.scale_OG)
@@ -206,7 +219,11 @@ def test_coupled_codes_descend_one_code_at_a_time() -> None:
     moment_DD = output_moments(1, head_size)[0]
     weight = random_affine(target_DI, bits=2, group_size=-1)
     refined = refine_two_sided(
-        target_DI[None], moment_II, moment_DD[None], weight, scale_refit=False, code_sweeps=1, dtype=torch.float64
+        target_DI[None],
+        moment_II,
+        moment_DD[None],
+        weight,
+        SolverSettings(scale_refit=False, code_sweeps=1, dtype=torch.float64),
     )
     codes_DI = weight.codes_OI.clone()
     for row in range(head_size):
@@ -249,7 +266,12 @@ def test_coupled_scales_come_to_the_closed_form() -> None:
 
     # Stored scales come as near as their eight bits let single steps go.
     refined = refine_two_sided(
-        target_NDI, moment_II, moment_NDD, weight, scale_refit=True, code_sweeps=0, rounds=20, dtype=torch.float64
+        target_NDI,
+        moment_II,
+        moment_NDD,
+        weight,
+        SolverSettings(scale_refit=True, code_sweeps=0, dtype=torch.float64),
+        rounds=20,
     )
     error_NDI = exact_ND[:, :, None] * steps_NDI - target_NDI
     exact_N = (moment_NDD * (error_NDI @ moment_II @ error_NDI.transpose(1, 2))).sum(dim=(1, 2))

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "group.hpp"
+#include "refine.hpp"
 
 // From here on, and only what is in an unnamed namespace: nothing compiled for this processor may be linked elsewhere.
 #if defined(__clang__)
@@ -15,6 +16,7 @@
 #endif
 #define OPTGPTQ_PATH avx512
 #define OPTGPTQ_VECTOR_BYTES 64
+#include "refine_tile.hpp"
 #include "tile.hpp"
 #if defined(__clang__)
 #pragma clang attribute pop

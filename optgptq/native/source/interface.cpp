@@ -1,6 +1,7 @@
 // What Python calls, by ctypes: plain functions over pointers. 0 means done.
 #include "group.hpp"
 #include "moment.hpp"
+#include "refine.hpp"
 #include "threads.hpp"
 
 namespace optgptq {
@@ -10,6 +11,8 @@ constexpr int kDone = 0, kNoMemory = 1, kUnsupported = 2;
 constexpr int kPortable = 0, kAvx2 = 1, kAvx512 = 2;
 // Multiplications below which a second thread costs more than it does.
 constexpr double kWorkPerThread = 4e6;
+// Most groups of rows that are refined in wide tiles.
+constexpr std::int64_t kGroupsOfWideTiles = 64;
 
 bool supported(int path) {
 #if defined(__x86_64__)
@@ -45,6 +48,29 @@ Path<double> path_of<double>(int path) {
   return portable::path_double();
 }
 
+template <class T>
+RefinePath<T> refine_path_of(int path);
+
+template <>
+RefinePath<float> refine_path_of<float>(int path) {
+#if defined(__x86_64__)
+  if (path == kAvx512) return avx512::refine_float();
+  if (path == kAvx2) return avx2::refine_float();
+#endif
+  (void)path;
+  return portable::refine_float();
+}
+
+template <>
+RefinePath<double> refine_path_of<double>(int path) {
+#if defined(__x86_64__)
+  if (path == kAvx512) return avx512::refine_double();
+  if (path == kAvx2) return avx2::refine_double();
+#endif
+  (void)path;
+  return portable::refine_double();
+}
+
 std::int64_t num_workers(const GroupCall& call, std::int64_t num_tiles, std::int64_t num_threads) {
   const double weights = static_cast<double>(call.num_rows) * static_cast<double>(call.num_columns);
   const double tried = call.num_shares > 0 && call.given_scale == nullptr ? 300.0 : 0.0;
@@ -74,6 +100,28 @@ void round_group(const GroupCall& call, int path_index, std::int64_t num_threads
   });
 }
 
+template <class T>
+void refine_rows(RefineCall& call, int path_index, std::int64_t num_threads) {
+  const RefinePath<T> path = refine_path_of<T>(path_index);
+  // Work space grows with the square of the groups.
+  const bool is_wide = call.num_rows >= path.wide * path.lanes && num_groups(call) <= kGroupsOfWideTiles;
+  const std::int64_t vectors = is_wide ? path.wide : 1, rows = vectors * path.lanes;
+  const std::int64_t num_tiles = (call.num_rows + rows - 1) / rows;
+  const double products = static_cast<double>(call.num_columns) * static_cast<double>(call.num_columns);
+  const auto passes = static_cast<double>(call.rounds * (call.code_sweeps + 2 * call.scale_refit));
+  const auto worth = static_cast<std::int64_t>(products * static_cast<double>(call.num_rows) * passes / kWorkPerThread);
+  const std::int64_t most = num_tiles < num_threads ? num_tiles : num_threads;
+  const std::int64_t workers = worth + 1 < most ? worth + 1 : most;
+  const std::size_t bytes = (path.scratch_bytes(call, vectors) + 63) / 64 * 64;
+  const auto scratch = aligned_memory(bytes * static_cast<std::size_t>(workers));
+  std::atomic<bool> changed{false};
+  share_out(num_tiles, workers, [&](std::int64_t worker, std::int64_t tile) {
+    char* own = static_cast<char*>(scratch.get()) + bytes * static_cast<std::size_t>(worker);
+    if (path.refine_tile(call, own, tile * rows, vectors)) changed = true;
+  });
+  call.changed = changed;
+}
+
 }  // namespace
 }  // namespace optgptq
 
@@ -98,12 +146,28 @@ OPTGPTQ_EXPORT int optgptq_round_group(
   return optgptq::kDone;
 }
 
-OPTGPTQ_EXPORT int optgptq_add_bfloat16_moment(
-    const std::uint16_t* inputs, std::int64_t inputs_stride, std::int64_t num_tokens, std::int64_t num_columns,
-    float* sum, std::int64_t sum_stride, std::int64_t num_threads) {
+OPTGPTQ_EXPORT int optgptq_refine_rows(
+    optgptq::RefineCall* call, int number_bytes, int path, std::int64_t num_threads) {
+  if (!optgptq::supported(path)) return optgptq::kUnsupported;
   try {
-    const bool done = optgptq::add_bfloat16_moment(
-        inputs, inputs_stride, num_tokens, num_columns, sum, sum_stride, num_threads);
+    if (number_bytes == 4) {
+      optgptq::refine_rows<float>(*call, path, num_threads);
+    } else {
+      optgptq::refine_rows<double>(*call, path, num_threads);
+    }
+  } catch (const std::bad_alloc&) {
+    return optgptq::kNoMemory;
+  }
+  return optgptq::kDone;
+}
+
+OPTGPTQ_EXPORT int optgptq_add_bfloat16_products(
+    const std::uint16_t* left, std::int64_t left_stride, std::int64_t num_left, const std::uint16_t* right,
+    std::int64_t right_stride, std::int64_t num_right, std::int64_t num_tokens, float* sum, std::int64_t sum_stride,
+    std::int64_t num_threads) {
+  try {
+    const bool done = optgptq::add_bfloat16_products(
+        {left, left_stride, num_left}, {right, right_stride, num_right}, num_tokens, sum, sum_stride, num_threads);
     return done ? optgptq::kDone : optgptq::kUnsupported;
   } catch (const std::bad_alloc&) {
     return optgptq::kNoMemory;

@@ -1,7 +1,7 @@
-// X^T X of bfloat16 inputs by the instruction that multiplies pairs and adds in float32 (AVX512_BF16).
+// X^T X and X^T Y of bfloat16 numbers by the instruction that multiplies pairs and adds in float32 (AVX512_BF16).
 //
-// Tokens are packed by pairs: number `j` of a packed row holds column `j` of two tokens. The same packed panels serve
-// as both factors. A product of two bfloat16 numbers is exact in float32, so only sums are rounded, as elsewhere.
+// Tokens are packed by pairs: number `j` of a packed row holds column `j` of two tokens. Packed panels of `X` serve as
+// both factors of X^T X. A product of two bfloat16 numbers is exact in float32, so only sums are rounded, as elsewhere.
 #include "moment.hpp"
 
 #include "threads.hpp"
@@ -26,28 +26,36 @@ constexpr std::int64_t kTokens = 4096;
 // Multiplications below which a second thread costs more than it does.
 constexpr double kWorkPerThread = 1e8;
 
-struct Job {
-  const std::uint16_t* inputs;
-  std::int64_t inputs_stride, num_tokens, num_columns;
-  float* sum;
-  std::int64_t sum_stride;
+// One factor, and its columns packed by panels.
+struct Factor {
+  const std::uint16_t* numbers;  // [T, columns]
+  std::int64_t stride, num_columns;
   std::uint32_t* packed;  // [panels, pairs, kPanel]
-  std::int64_t num_pairs;
 };
 
-OPTGPTQ_TARGET void pack_panel(const Job& job, std::int64_t panel) {
-  std::uint32_t* to = job.packed + panel * job.num_pairs * kPanel;
+struct Job {
+  Factor left, right;
+  std::int64_t num_tokens, num_pairs;
+  bool symmetric;  // both factors are one: only blocks on and above the diagonal are wanted
+  float* sum;
+  std::int64_t sum_stride;
+};
+
+std::int64_t num_panels(std::int64_t num_columns) { return (num_columns + kPanel - 1) / kPanel; }
+
+OPTGPTQ_TARGET void pack_panel(const Job& job, const Factor& factor, std::int64_t panel) {
+  std::uint32_t* to = factor.packed + panel * job.num_pairs * kPanel;
   for (std::int64_t pair = 0; pair < job.num_pairs; ++pair) {
-    const std::uint16_t* first = job.inputs + 2 * pair * job.inputs_stride;
+    const std::uint16_t* first = factor.numbers + 2 * pair * factor.stride;
     const bool both = 2 * pair + 1 < job.num_tokens;
     for (int vector = 0; vector < kVectors; ++vector) {
-      const std::int64_t column = panel * kPanel + 16 * vector, rest = job.num_columns - column;
+      const std::int64_t column = panel * kPanel + 16 * vector, rest = factor.num_columns - column;
       const __mmask16 inside = rest >= 16 ? 0xffff : rest <= 0 ? 0 : static_cast<__mmask16>((1u << rest) - 1);
       __m512i pairs = _mm512_setzero_si512();
       if (inside != 0) {
         pairs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, first + column));
         if (both) {
-          const __m256i second = _mm256_maskz_loadu_epi16(inside, first + job.inputs_stride + column);
+          const __m256i second = _mm256_maskz_loadu_epi16(inside, first + factor.stride + column);
           pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
         }
       }
@@ -88,13 +96,13 @@ OPTGPTQ_TARGET void add_tile(
 }
 
 void add_block(const Job& job, std::int64_t row_panel, std::int64_t column_panel) {
-  const std::int64_t num_rows = job.num_columns - row_panel * kPanel;
-  const std::int64_t num_columns = job.num_columns - column_panel * kPanel;
+  const std::int64_t num_rows = job.left.num_columns - row_panel * kPanel;
+  const std::int64_t num_columns = job.right.num_columns - column_panel * kPanel;
   float* sum = job.sum + row_panel * kPanel * job.sum_stride + column_panel * kPanel;
   for (std::int64_t begin = 0; begin < job.num_pairs; begin += kPairs) {
     const std::int64_t rest = job.num_pairs - begin, pairs = rest < kPairs ? rest : kPairs;
-    const std::uint32_t* rows = job.packed + (row_panel * job.num_pairs + begin) * kPanel;
-    const std::uint32_t* columns = job.packed + (column_panel * job.num_pairs + begin) * kPanel;
+    const std::uint32_t* rows = job.left.packed + (row_panel * job.num_pairs + begin) * kPanel;
+    const std::uint32_t* columns = job.right.packed + (column_panel * job.num_pairs + begin) * kPanel;
     for (std::int64_t row = 0; row < kPanel && row < num_rows; row += kRows) {
       add_tile(
           rows + row, columns, pairs, sum + row * job.sum_stride, job.sum_stride, num_rows - row, num_columns);
@@ -102,12 +110,15 @@ void add_block(const Job& job, std::int64_t row_panel, std::int64_t column_panel
   }
 }
 
-void add_tokens(Job job, std::int64_t num_threads) {
-  const std::int64_t panels = (job.num_columns + kPanel - 1) / kPanel;
-  share_out(panels, num_threads, [&](std::int64_t, std::int64_t panel) { pack_panel(job, panel); });
+void add_tokens(const Job& job, std::int64_t num_threads) {
+  const std::int64_t left = num_panels(job.left.num_columns), right = num_panels(job.right.num_columns);
+  share_out(left, num_threads, [&](std::int64_t, std::int64_t panel) { pack_panel(job, job.left, panel); });
+  if (!job.symmetric) {
+    share_out(right, num_threads, [&](std::int64_t, std::int64_t panel) { pack_panel(job, job.right, panel); });
+  }
   // A block row is one item: its panel of rows stays in the cache. The longest come first.
-  share_out(panels, num_threads, [&](std::int64_t, std::int64_t row_panel) {
-    for (std::int64_t column_panel = row_panel; column_panel < panels; ++column_panel) {
+  share_out(left, num_threads, [&](std::int64_t, std::int64_t row_panel) {
+    for (std::int64_t column_panel = job.symmetric ? row_panel : 0; column_panel < right; ++column_panel) {
       add_block(job, row_panel, column_panel);
     }
   });
@@ -120,20 +131,28 @@ bool has_bfloat16_products() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
 }
 
-bool add_bfloat16_moment(
-    const std::uint16_t* inputs, std::int64_t inputs_stride, std::int64_t num_tokens, std::int64_t num_columns,
-    float* sum, std::int64_t sum_stride, std::int64_t num_threads) {
+bool add_bfloat16_products(
+    const Bfloat16Matrix& left, const Bfloat16Matrix& right, std::int64_t num_tokens, float* sum,
+    std::int64_t sum_stride, std::int64_t num_threads) {
   if (!has_bfloat16_products()) return false;
-  const double products = 0.5 * static_cast<double>(num_tokens) * static_cast<double>(num_columns * num_columns);
+  const bool symmetric = right.numbers == nullptr;
+  const std::int64_t num_right = symmetric ? left.num_columns : right.num_columns;
+  const double products = (symmetric ? 0.5 : 1.0) * static_cast<double>(num_tokens) *
+                          static_cast<double>(left.num_columns) * static_cast<double>(num_right);
   const auto worth = static_cast<std::int64_t>(products / kWorkPerThread) + 1;
-  const std::int64_t panels = (num_columns + kPanel - 1) / kPanel;
   const std::int64_t most_pairs = (num_tokens < kTokens ? num_tokens + 1 : kTokens) / 2;
-  const auto packed = aligned_memory(static_cast<std::size_t>(panels * most_pairs * kPanel) * sizeof(std::uint32_t));
+  const std::int64_t left_size = num_panels(left.num_columns) * most_pairs * kPanel;
+  const std::int64_t right_size = symmetric ? 0 : num_panels(num_right) * most_pairs * kPanel;
+  const auto packed = aligned_memory(static_cast<std::size_t>(left_size + right_size) * sizeof(std::uint32_t));
+  auto* packed_left = static_cast<std::uint32_t*>(packed.get());
   for (std::int64_t begin = 0; begin < num_tokens; begin += kTokens) {
     const std::int64_t rest = num_tokens - begin, tokens = rest < kTokens ? rest : kTokens;
+    const Factor first{left.numbers + begin * left.stride, left.stride, left.num_columns, packed_left};
+    const Factor second = symmetric ? first
+                                    : Factor{right.numbers + begin * right.stride, right.stride, num_right,
+                                             packed_left + left_size};
     add_tokens(
-        {inputs + begin * inputs_stride, inputs_stride, tokens, num_columns, sum, sum_stride,
-         static_cast<std::uint32_t*>(packed.get()), (tokens + 1) / 2},
+        {first, second, tokens, (tokens + 1) / 2, symmetric, sum, sum_stride},
         worth < num_threads ? worth : num_threads);
   }
   return true;
@@ -147,8 +166,8 @@ namespace optgptq {
 
 bool has_bfloat16_products() { return false; }
 
-bool add_bfloat16_moment(
-    const std::uint16_t*, std::int64_t, std::int64_t, std::int64_t, float*, std::int64_t, std::int64_t) {
+bool add_bfloat16_products(
+    const Bfloat16Matrix&, const Bfloat16Matrix&, std::int64_t, float*, std::int64_t, std::int64_t) {
   return false;
 }
 

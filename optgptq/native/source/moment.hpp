@@ -1,15 +1,21 @@
-// Sums of x x^T over tokens in bfloat16.
+// Sums of x y^T over tokens in bfloat16.
 #pragma once
 
 #include <cstdint>
 
 namespace optgptq {
 
-// `sum` is float [I, I]; blocks on and above the diagonal receive `X^T X`, those below it stay as they are.
-// `inputs` is bfloat16 [T, I]. Returns false where the processor lacks the instruction.
-bool add_bfloat16_moment(
-    const std::uint16_t* inputs, std::int64_t inputs_stride, std::int64_t num_tokens, std::int64_t num_columns,
-    float* sum, std::int64_t sum_stride, std::int64_t num_threads);
+// [T, columns]; rows are `stride` numbers apart.
+struct Bfloat16Matrix {
+  const std::uint16_t* numbers;
+  std::int64_t stride, num_columns;
+};
+
+// Add `left^T right` to `sum`, float. Without numbers on the right it is `left^T left`: blocks on and above the diagonal
+// receive it, and those below stay as they are. Returns false where the processor lacks the instruction.
+bool add_bfloat16_products(
+    const Bfloat16Matrix& left, const Bfloat16Matrix& right, std::int64_t num_tokens, float* sum,
+    std::int64_t sum_stride, std::int64_t num_threads);
 
 bool has_bfloat16_products();
 

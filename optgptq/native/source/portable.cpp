@@ -1,4 +1,5 @@
 // The inner loops for any processor: vectors of 16 bytes, which the compiler turns into what there is.
 #define OPTGPTQ_PATH portable
 #define OPTGPTQ_VECTOR_BYTES 16
+#include "refine_tile.hpp"
 #include "tile.hpp"
