@@ -40,10 +40,13 @@ def quantize(  # noqa: PLR0913 - the parameters of a command are its options
     from optgptq.quantize import quantize as quantize_model
     from optgptq.recipe.loading import load_recipe
 
+    from optgptq.reports.memory import keep_freed_memory
+
     from .record import require_writable, write_record
 
     if record is not None:
         require_writable(record)
+    keep_freed_memory()
     loaded_recipe = load_recipe(recipe, overrides or ())
     folder = resolve_model(model, revision)
     with job_display(quiet=quiet) as listener:

@@ -113,8 +113,9 @@ def start_calibration(
     needs_all = settings.shift is not None or settings.norm_tweaking is not None
     if needs_all or settings.measure_full_precision:
         return LayerCalibration(stream(windows), stream(windows), settings, stage_started=stage_started)
-    reference = windows.first(calibration.full_precision_windows)
-    full_precision = stream(reference) if calibration.full_precision_windows else None
+    asked = calibration.full_precision_windows
+    num_reference = max(windows.num_windows // 32, 1) if asked is None else asked
+    full_precision = stream(windows.first(num_reference)) if num_reference else None
     return LayerCalibration(stream(windows), full_precision, settings, stage_started=stage_started)
 
 

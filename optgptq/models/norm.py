@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from optgptq.models.spec import NormSpec
+from optgptq.native.norm import norms_rows, rms_norm
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +32,8 @@ class Norm:
         shape = (self.size,)
         if self.spec.kind == "layer":
             return F.layer_norm(x, shape, self.weight, self.bias, self.spec.eps)
+        if self.weight is not None and norms_rows(x, self.weight):
+            return rms_norm(x, self.weight, self.spec.eps)
         if x.dtype == torch.float32 or not self.spec.weight_offset:
             return F.rms_norm(x, shape, self.weight, self.spec.eps)
         # Gemma multiplies by its weight in float32 and rounds once.

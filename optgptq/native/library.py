@@ -57,6 +57,7 @@ def load_library(folder: Path = _FOLDER) -> Library | None:
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     factors = (pointer, integer, integer) * 2
     shared.optgptq_add_bfloat16_products.argtypes = [*factors, integer, pointer, integer, integer]
+    shared.optgptq_rms_norm_bfloat16.argtypes = [*(pointer,) * 3, *(integer,) * 2, ctypes.c_double, integer]
     return Library(
         shared=shared,
         paths=tuple(name for name, number in PATHS.items() if shared.optgptq_supported(number)),

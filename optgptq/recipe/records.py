@@ -229,8 +229,9 @@ class CalibrationRecipe(Section):
         default=False, description="the column holds chat messages for the model's template"
     )
     windows_per_batch: PositiveInt | None = Field(default=None, description="windows per forward pass; null: chosen")
-    full_precision_windows: int = Field(
-        default=4, strict=True, ge=0, description="windows also run through unquantized layers, to measure output error"
+    full_precision_windows: Annotated[int, Field(strict=True, ge=0)] | None = Field(
+        default=None,
+        description="windows also run through unquantized layers, to measure output error; null: one in 32, at least 1",
     )
     held_out_windows: PositiveInt = Field(
         default=8,

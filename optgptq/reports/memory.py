@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 
+# M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of glibc's malloc.h, in bytes.
+_ALLOCATOR_OPTIONS = ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 26))
+
+
 def _proc_bytes(path: Path, field: str) -> int | None:
     """Return a `field:  N kB` line of a /proc file in bytes; None where the file or the line is missing."""
     try:
@@ -61,6 +65,18 @@ def _control_group_bytes(name: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def keep_freed_memory() -> None:
+    """Let freed tensors be used again instead of giving each back to the system, where the C library can (glibc).
+
+    The system clears fresh memory page by page at its first use. What a decoder layer leaves behind is given back after
+    it, by `return_free_memory`.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        for option, num_bytes in _ALLOCATOR_OPTIONS:
+            library.mallopt(option, num_bytes)
 
 
 def return_free_memory() -> None:

@@ -55,7 +55,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "layout": "packed",
         "chat_template": False,
         "windows_per_batch": None,
-        "full_precision_windows": 4,
+        "full_precision_windows": None,
         "held_out_windows": 8,
         "compute_dtype": "auto",
         "moment_dtype": "float32",
