@@ -10,6 +10,13 @@ import torch
 from optgptq.native.library import check_done, load_library
 
 
+def multiplies_bfloat16(values: torch.Tensor) -> bool:
+    """Say whether float32 `values` are on a processor that multiplies bfloat16 numbers about twice as fast."""
+    library = load_library()
+    on_processor = values.dtype == torch.float32 and values.device.type == "cpu"
+    return on_processor and library is not None and library.bfloat16_products
+
+
 def adds_moment(inputs_TI: torch.Tensor, sum_II: torch.Tensor) -> bool:
     """Say whether `add_moment` takes these, as `adds_products` does."""
     return adds_products(inputs_TI, inputs_TI, sum_II)
