@@ -13,8 +13,14 @@ from optgptq_cli.recipes import recipes
 
 NAMES = [
     "attention-aware-w2",
+    "attention-aware-w2-channel",
+    "attention-aware-w2-rotated",
     "attention-aware-w3",
+    "attention-aware-w3-channel",
+    "attention-aware-w3-rotated",
     "attention-aware-w4",
+    "attention-aware-w4-channel",
+    "attention-aware-w4-rotated",
     "gptq-w2",
     "gptq-w3",
     "gptq-w4",

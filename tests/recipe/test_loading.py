@@ -33,8 +33,14 @@ WEIGHT_KEYS = (
 SECTIONS = ("weights", "attention", "transform", "norm_tweaking", "calibration", "kv_cache", "export")
 SHIPPED = (
     "attention-aware-w2",
+    "attention-aware-w2-channel",
+    "attention-aware-w2-rotated",
     "attention-aware-w3",
+    "attention-aware-w3-channel",
+    "attention-aware-w3-rotated",
     "attention-aware-w4",
+    "attention-aware-w4-channel",
+    "attention-aware-w4-rotated",
     "gptq-w2",
     "gptq-w3",
     "gptq-w4",

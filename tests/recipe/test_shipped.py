@@ -9,8 +9,14 @@ from optgptq.recipe import load_recipe, shipped_recipes
 
 SHIPPED = (
     "attention-aware-w2",
+    "attention-aware-w2-channel",
+    "attention-aware-w2-rotated",
     "attention-aware-w3",
+    "attention-aware-w3-channel",
+    "attention-aware-w3-rotated",
     "attention-aware-w4",
+    "attention-aware-w4-channel",
+    "attention-aware-w4-rotated",
     "gptq-w2",
     "gptq-w3",
     "gptq-w4",
@@ -35,6 +41,8 @@ def test_shipped_recipes_are_named_after_their_files_and_described() -> None:
         ("attention-aware-w4", "attention_aware", 4, 128, True, "gptq"),
         ("attention-aware-w3", "attention_aware", 3, 128, True, "compressed-tensors"),
         ("attention-aware-w2", "attention_aware", 2, 64, True, "compressed-tensors"),
+        ("attention-aware-w4-channel", "attention_aware", 4, -1, True, "gptq"),
+        ("attention-aware-w2-rotated", "attention_aware", 2, 64, True, "compressed-tensors"),
         ("gptq-w8", "gptq", 8, 128, True, "gptq"),
         ("gptq-w4", "gptq", 4, 128, True, "gptq"),
         ("gptq-w3", "gptq", 3, 128, True, "compressed-tensors"),
@@ -114,3 +122,13 @@ def test_a_target_shift_needs_the_quantized_stream_stage_by_stage(
     assert error.action == f"Set {where}={kept} or weights.target_shift=off."
     assert error.exit_code == 2
     load_recipe("attention-aware-w4", [f"{field}={value}", "weights.target_shift=off"])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_variants_differ_from_their_recipe_in_what_they_are_named_after(bits: int) -> None:
+    recipe = load_recipe(f"attention-aware-w{bits}")
+    channel, rotated = (load_recipe(f"attention-aware-w{bits}-{name}") for name in ("channel", "rotated"))
+    assert channel.weights == recipe.weights.model_copy(update={"group_size": -1})
+    assert rotated.weights == recipe.weights
+    assert rotated.transform.residual_rotation == rotated.transform.value_rotation == "hadamard"
+    assert channel.attention == rotated.attention == recipe.attention
