@@ -69,6 +69,8 @@ def factor_moment(
     alive_II.diagonal()[dead_I] = mean_diagonal
     order_I = column_order(alive_II, order, group_size, damp=damp_ratio * mean_diagonal)
     permuted_II = alive_II.index_select(0, order_I).index_select(1, order_I)
+    # Each copy of a wide moment takes gigabytes.
+    del alive_II
     ratios = (damp_ratio, *(ratio for ratio in DAMPING_LADDER if ratio > damp_ratio))
     for ratio in ratios:
         upper_II = reverse_cholesky(permuted_II, damp=ratio * mean_diagonal)
