@@ -39,7 +39,6 @@ def quantize(  # noqa: PLR0913 - the parameters of a command are its options
     from optgptq.checkpoint.hub import resolve_model
     from optgptq.quantize import quantize as quantize_model
     from optgptq.recipe.loading import load_recipe
-
     from optgptq.reports.memory import keep_freed_memory
 
     from .record import require_writable, write_record

@@ -9,7 +9,6 @@ import resource
 import sys
 from pathlib import Path
 
-
 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of glibc's malloc.h, in bytes.
 _ALLOCATOR_OPTIONS = ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 26))
 
