@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure.cases import EVALUATION_TOKENS, NUM_WINDOWS, REPOSITORY, Case, quality_cases
+from measure.cases import EVALUATION_TOKENS, NUM_WINDOWS, REPOSITORY, Case, chosen_cases
 from measure.machine import commit
 from measure.parts import PARTS, PLAIN, STACK, Variant, variant_recipe, variants
 from measure.process import BenchmarkError
@@ -71,7 +71,7 @@ def main() -> int:
     arguments = parser.parse_args()
     report = Report(name="ablation", title="Parts of the attention-aware recipes", columns=COLUMNS)
     store = TrialStore(arguments.work / "ablation-trials.jsonl")
-    for case in _cases(arguments, parser, report):
+    for case in chosen_cases(arguments, parser, report.notes):
         text = HeldOutText(case, max_tokens=QUICK_TOKENS if arguments.quick else EVALUATION_TOKENS)
         report.notes.append(f"Dense perplexity of {case.name}: {text.dense_perplexity:.4f}.")
         for grid in _grids(case, arguments):
@@ -80,18 +80,6 @@ def main() -> int:
     status = finish(report, arguments)
     (arguments.work / "ablation.md").write_text(markdown(report), "utf-8")
     return status
-
-
-def _cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser, report: Report) -> Iterator[Case]:
-    cases = {case.name: case for case in quality_cases(arguments.shared)}
-    unknown = sorted(set(arguments.models or ()) - set(cases))
-    if unknown:
-        parser.error(f"unknown model {', '.join(unknown)}; known are {', '.join(cases)}")
-    for name in arguments.models or cases:
-        if cases[name].is_present:
-            yield cases[name]
-        else:
-            report.notes.append(f"{name} is left out: no such model in the folder given by --shared.")
 
 
 def _grids(case: Case, arguments: argparse.Namespace) -> Iterator[Grid]:

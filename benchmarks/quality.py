@@ -11,11 +11,10 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure.cases import NUM_WINDOWS, REPOSITORY, Case, quality_cases
+from measure.cases import NUM_WINDOWS, REPOSITORY, Case, chosen_cases
 from measure.process import BenchmarkError
 from measure.report import Report, add_peer_options, add_peer_versions, chosen_tools, finish, new_parser
 from measure.score import Score, score
@@ -66,7 +65,7 @@ def main() -> int:
     report = Report(name="quality", title="Quality beside the peers", columns=COLUMNS)
     cells = [
         _run_cell(case, grid, tool, arguments)
-        for case in _cases(arguments, parser, report)
+        for case in chosen_cases(arguments, parser, report.notes)
         for grid in _grids(case, arguments)
         for tool in tools
     ]
@@ -79,18 +78,6 @@ def main() -> int:
     )
     add_peer_versions(report, arguments, tools)
     return finish(report, arguments)
-
-
-def _cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser, report: Report) -> Iterator[Case]:
-    cases = {case.name: case for case in quality_cases(arguments.shared)}
-    unknown = sorted(set(arguments.models or ()) - set(cases))
-    if unknown:
-        parser.error(f"unknown model {', '.join(unknown)}; known are {', '.join(cases)}")
-    for name in arguments.models or cases:
-        if cases[name].is_present:
-            yield cases[name]
-        else:
-            report.notes.append(f"{name} is left out: no such model in the folder given by --shared.")
 
 
 def _grids(case: Case, arguments: argparse.Namespace) -> list[Grid]:

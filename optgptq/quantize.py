@@ -12,7 +12,7 @@ import torch
 
 import optgptq
 from optgptq.calibration.layer import LayerCalibration, SolvedLinear
-from optgptq.calibration.start import check_norm_tweaking, start_calibration
+from optgptq.calibration.start import check_norm_tweaking, num_held_out, start_calibration
 from optgptq.calibration_text import calibration_windows
 from optgptq.checkpoint.folder import CONFIG_FILE, CheckpointFolder
 from optgptq.checkpoint.manifest import describe_files, write_manifest
@@ -178,6 +178,7 @@ class _Job:
                 "num_tokens": self.windows.num_tokens,
                 "remainder_tokens": self.windows.remainder_tokens,
                 "compute_dtype": str(self.dtype).removeprefix("torch."),
+                "num_held_out": num_held_out(self.recipe, self.windows.num_windows),
                 "notes": list(self.windows.notes),
             },
             "device": self.device.type,

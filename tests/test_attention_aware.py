@@ -251,6 +251,9 @@ def test_stages_that_are_not_wholly_attention_aware_are_solved_as_ever(
     result = quantize(models["wide"], aware_recipe(**weights), tmp_path / "out")
     assert all(given.output_moment_NDD is None for given in problems)
     assert not any("value head" in given.name for given in problems)
+    asked = [layer for layer in result.record["layers"] if layer["method"] == "attention_aware"]
+    unseen = {layer["name"] for layer in asked if any("without attention" in note for note in layer["notes"])}
+    assert unseen == {layer["name"] for layer in asked if layer["name"].endswith(("q_proj", "k_proj", "v_proj"))}
     assert len(result.record["layers"]) == (8 if "keep_dense" in weights else 14)
     assert verify_folder(CheckpointFolder.open(result.output)).problems == ()
 

@@ -380,7 +380,7 @@ def test_raised_damping_becomes_a_warning(
         shift = 0.02 * float(moment_II.diagonal().mean()) + float(torch.linalg.eigvalsh(moment_II)[0])
         return factor(moment_II - shift * torch.eye(moment_II.shape[0]), **settings)
 
-    monkeypatch.setattr("optgptq.solvers.gptq.factor_moment", indefinite)
+    monkeypatch.setattr("optgptq.solvers.factor.factor_moment", indefinite)
     result = quantize(models["wide"], tiny_recipe(group_size=16), tmp_path / "out")
     raised = [layer for layer in result.record["layers"] if layer["damp_ratio_used"] > 0.01]
     assert raised

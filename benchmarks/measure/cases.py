@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,3 +73,16 @@ def story_llama() -> Case:
         window_size=512,
         codes=((4, 128), (3, 128), (2, 64)),
     )
+
+
+def chosen_cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser, notes: list[str]) -> Iterator[Case]:
+    """Yield the models that the command line names, all that are present by default; notes which are not."""
+    cases = {case.name: case for case in quality_cases(arguments.shared)}
+    unknown = sorted(set(arguments.models or ()) - set(cases))
+    if unknown:
+        parser.error(f"unknown model {', '.join(unknown)}; known are {', '.join(cases)}")
+    for name in arguments.models or cases:
+        if cases[name].is_present:
+            yield cases[name]
+        else:
+            notes.append(f"{name} is left out: no such model in the folder given by --shared.")

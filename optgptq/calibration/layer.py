@@ -173,7 +173,14 @@ class LayerCalibration:
             ]
             solver = self._solver(alike[0], statistics)
             for plan, solution in zip(alike, solve_together(solver, problems), strict=True):
-                yield _solved(plan, solution, targets[plan.info.local_name])
+                noted = replace(solution, notes=(*solution.notes, *self._attention_unseen(plan)))
+                yield _solved(plan, noted, targets[plan.info.local_name])
+
+    def _attention_unseen(self, plan: LinearPlan) -> tuple[str, ...]:
+        """Return why a query, key or value that should see attention does not."""
+        if self.settings.attention is None or plan.info.stage != "qkv" or plan.method != "attention_aware":
+            return ()
+        return ("solved without attention: a query, key or value of the layer is not quantized by attention_aware",)
 
     def _solver(self, plan: LinearPlan, statistics: StageStatistics) -> Solver:
         shift = self.settings.shift

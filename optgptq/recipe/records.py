@@ -317,17 +317,27 @@ class Recipe(Section):
                 found=f"{self.calibration.moment_stream} with target_shift {self.weights.target_shift}",
                 action="Set calibration.moment_stream=quantized or weights.target_shift=off.",
             )
-        if self.weights.target_shift == "gptaq" and (
-            self.weights.method != "gptq"
-            or self.weights.shift_strength == "held_out"
-            or self.weights.scale_refit
-            or self.weights.code_sweeps
-        ):
+        if self.weights.target_shift == "gptaq" and not _can_be_gptaq(self.weights):
             raise impossible(
                 "weights.target_shift",
-                expected="exact, unless method is gptq, shift_strength is a number, and nothing is refined",
+                expected="exact, unless method is gptq for all linears, shift_strength is a number, nothing is "
+                "refined, and dynamic groups divide 128 or are multiples of it",
                 found="gptaq with other settings",
                 action="Set weights.method=gptq, weights.shift_strength=0.25, weights.scale_refit=false and "
                 "weights.code_sweeps=0, or weights.target_shift=exact.",
             )
         return self
+
+
+def _can_be_gptaq(weights: WeightRecipe) -> bool:
+    """Say whether the published rule is defined for these settings; its blocks have 128 columns."""
+    methods = {weights.method, *(rule.method for rule in weights.rules if rule.method is not None)}
+    sizes = [weights.group_size, *(rule.group_size for rule in weights.rules if rule.group_size is not None)]
+    nests = all(size == -1 or 128 % size == 0 or size % 128 == 0 for size in sizes)
+    refined = weights.scale_refit or weights.code_sweeps > 0
+    return (
+        methods == {"gptq"}
+        and weights.shift_strength != "held_out"
+        and not refined
+        and (nests or weights.group_grids == "static")
+    )

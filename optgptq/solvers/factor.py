@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from optgptq.errors import NumericalError
-from optgptq.solvers.problem import ColumnOrder
+from optgptq.solvers.problem import ColumnOrder, LayerProblem
 
 # Tried in turn after the asked ratio when the factorization fails.
 DAMPING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -82,6 +82,27 @@ def factor_moment(
         expected="a matrix that damping makes positive definite",
         found=f"a failed factorization at each of the damping ratios {ratios}",
         action="Use more calibration text, or calibration.moment_dtype=float64.",
+    )
+
+
+def factor_problem(problem: LayerProblem) -> Factor:
+    """Return the factor that a walk over the columns of a problem needs.
+
+    Raises:
+        NumericalError: as `factor_moment`.
+        ValueError: the order visits columns of different groups in turn, but grids are read when a group begins.
+    """
+    grid, settings, group_size = problem.grid, problem.settings, problem.group_size
+    scatters = settings.order in ("activation", "min_pivot") and group_size < problem.weight_OI.shape[1]
+    if scatters and grid.group_grids == "dynamic":
+        raise ValueError(f"{settings.order} order scatters groups: it needs static grids")
+    return factor_moment(
+        problem.input_moment_II,
+        name=problem.name,
+        order=settings.order,
+        group_size=group_size,
+        damp_ratio=settings.damp_ratio,
+        dtype=settings.dtype,
     )
 
 

@@ -22,7 +22,7 @@ import torch
 
 from optgptq.affine_weight import AffineWeight
 from optgptq.grids.affine import nearest_codes
-from optgptq.solvers.factor import Factor, damping_notes, factor_moment
+from optgptq.solvers.factor import Factor, damping_notes, factor_problem
 from optgptq.solvers.losses import row_losses
 from optgptq.solvers.problem import LayerProblem, LayerSolution
 from optgptq.solvers.rounding import error_price, find_group_grids
@@ -55,20 +55,11 @@ def solve(
     started = time.perf_counter()
     grid, settings = problem.grid, problem.settings
     num_columns = problem.weight_OI.shape[1]
-    group_size = num_columns if grid.group_size == -1 else grid.group_size
-    if settings.order in ("activation", "min_pivot") and grid.group_grids == "dynamic" and group_size < num_columns:
-        raise ValueError(f"{settings.order} order scatters groups: it needs static grids")
+    group_size = problem.group_size
     nests = block_size % group_size == 0 or group_size % block_size == 0
     if grid.group_grids == "dynamic" and not nests and max(group_size, block_size) < num_columns:
         raise ValueError(f"groups of {group_size} columns and blocks of {block_size} do not nest: use static grids")
-    factor = factor_moment(
-        problem.input_moment_II,
-        name=problem.name,
-        order=settings.order,
-        group_size=group_size,
-        damp_ratio=settings.damp_ratio,
-        dtype=settings.dtype,
-    )
+    factor = factor_problem(problem)
     walk = _Walk(problem, factor, group_size)
     walk.run(drift_factor(factor, cross_moment_II, alpha), block_size, published_blocks)
     weight = walk.weight()

@@ -18,7 +18,7 @@ import torch
 from optgptq.affine_weight import AffineWeight
 from optgptq.grids.affine import nearest_codes
 from optgptq.grids.settings import GridSettings
-from optgptq.solvers.factor import Factor, damping_notes, factor_moment
+from optgptq.solvers.factor import Factor, damping_notes, factor_problem
 from optgptq.solvers.losses import factored_energy, undamped_energy
 from optgptq.solvers.problem import LayerProblem, LayerSolution, SolverSettings
 from optgptq.solvers.rounding import (
@@ -47,17 +47,7 @@ def solve(problem: LayerProblem) -> LayerSolution:
     grid, settings = problem.grid, problem.settings
     weight_OI = problem.weight_OI.to(settings.dtype)
     num_rows, num_columns = weight_OI.shape
-    group_size = num_columns if grid.group_size == -1 else grid.group_size
-    if settings.order in ("activation", "min_pivot") and grid.group_grids == "dynamic" and group_size < num_columns:
-        raise ValueError(f"{settings.order} order scatters groups: it needs static grids")
-    factor = factor_moment(
-        problem.input_moment_II,
-        name=problem.name,
-        order=settings.order,
-        group_size=group_size,
-        damp_ratio=settings.damp_ratio,
-        dtype=settings.dtype,
-    )
+    group_size, factor = problem.group_size, factor_problem(problem)
     parts = [
         _Rows(weight_OI[begin : begin + _ROWS], factor, grid, group_size, settings)
         for begin in range(0, num_rows, _ROWS)

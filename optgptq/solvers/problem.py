@@ -77,6 +77,11 @@ class LayerProblem:
     settings: SolverSettings
     output_moment_NDD: torch.Tensor | None = None
 
+    @property
+    def group_size(self) -> int:
+        """Columns that share a grid: all of them where there is one group per row."""
+        return self.weight_OI.shape[1] if self.grid.group_size == -1 else self.grid.group_size
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class CoupledLosses:

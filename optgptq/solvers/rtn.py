@@ -28,7 +28,7 @@ def solve(problem: LayerProblem) -> LayerSolution:
     weight_OI = problem.weight_OI.to(dtype)
     moment_II = problem.input_moment_II.to(dtype)
     num_columns = weight_OI.shape[1]
-    group_size = num_columns if grid.group_size == -1 else grid.group_size
+    group_size = problem.group_size
     scales, zero_points = [], []
     for begin in range(0, num_columns, group_size):
         block_LL = moment_II[begin : begin + group_size, begin : begin + group_size]

@@ -28,7 +28,7 @@ from optgptq.grids.affine import nearest_codes
 from optgptq.solvers import gptq
 from optgptq.solvers.coupled_losses import factored_gram, row_shares, undamped_gram
 from optgptq.solvers.coupling import OutputFactors, factor_outputs
-from optgptq.solvers.factor import Factor, damping_notes, factor_moment
+from optgptq.solvers.factor import Factor, damping_notes, factor_problem
 from optgptq.solvers.panel import Panel, PanelGrids
 from optgptq.solvers.problem import CoupledLosses, LayerProblem, LayerSolution
 from optgptq.solvers.rounding import error_price, find_group_grids
@@ -50,23 +50,11 @@ def solve(problem: LayerProblem) -> LayerSolution:
     if not bool(outputs.is_coupled_N.any()):
         solution = gptq.solve(problem)
         return replace(solution, notes=(*solution.notes, *outputs.notes), seconds=time.perf_counter() - started)
-    grid, settings = problem.grid, problem.settings
-    num_columns = problem.weight_OI.shape[1]
-    group_size = num_columns if grid.group_size == -1 else grid.group_size
-    if settings.order in ("activation", "min_pivot") and grid.group_grids == "dynamic" and group_size < num_columns:
-        raise ValueError(f"{settings.order} order scatters groups: it needs static grids")
-    factor = factor_moment(
-        problem.input_moment_II,
-        name=problem.name,
-        order=settings.order,
-        group_size=group_size,
-        damp_ratio=settings.damp_ratio,
-        dtype=settings.dtype,
-    )
-    heads = _Heads(problem, factor, outputs, group_size)
+    factor = factor_problem(problem)
+    heads = _Heads(problem, factor, outputs, problem.group_size)
     heads.round()
     solution = heads.solution()
-    notes = (*damping_notes(factor, settings.damp_ratio), *outputs.notes)
+    notes = (*damping_notes(factor, problem.settings.damp_ratio), *outputs.notes)
     return replace(solution, notes=notes, seconds=time.perf_counter() - started)
 
 

@@ -132,3 +132,29 @@ def test_variants_differ_from_their_recipe_in_what_they_are_named_after(bits: in
     assert rotated.weights == recipe.weights
     assert rotated.transform.residual_rotation == rotated.transform.value_rotation == "hadamard"
     assert channel.attention == rotated.attention == recipe.attention
+
+
+GPTAQ = ("weights.target_shift=gptaq", "weights.shift_strength=0.25")
+
+
+def test_the_published_rule_runs_with_plain_gptq() -> None:
+    assert load_recipe("gptq-w4", GPTAQ).weights.target_shift == "gptaq"
+    load_recipe("gptq-w4", [*GPTAQ, "weights.group_size=96", "weights.group_grids=static"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "weights.shift_strength=held_out",
+        "weights.method=attention_aware",
+        "weights.rules=[{match: down_proj, method: rtn}]",
+        "weights.scale_refit=true",
+        "weights.code_sweeps=1",
+        "weights.group_size=96",
+        "weights.rules=[{match: down_proj, group_size: 96}]",
+    ],
+)
+def test_the_published_rule_is_refused_where_it_is_not_defined(setting: str) -> None:
+    with pytest.raises(RecipeError, match=r"weights\.target_shift") as caught:
+        load_recipe("gptq-w4", [*GPTAQ, setting])
+    assert caught.value.exit_code == 2
