@@ -1,10 +1,11 @@
-"""The narrow waist: what solvers make, formats store and kernels multiply with.
+"""Weights on uniform grids.
 
 Shapes: `O` output rows, `I` input columns, `G` groups along `I`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,6 +60,36 @@ class AffineWeight:
         index_I = index_I.long()
         steps_OI = self.codes_OI.to(torch.int32) - self.zero_point_OG[:, index_I]
         return steps_OI.to(torch.float32).mul_(scale_OG[:, index_I]).to(dtype)
+
+    def rows(self, begin: int, end: int) -> AffineWeight:
+        """Return rows `begin .. end`; the tensors are views."""
+        return replace(
+            self,
+            codes_OI=self.codes_OI[begin:end],
+            scale_OG=self.scale_OG[begin:end],
+            zero_point_OG=self.zero_point_OG[begin:end],
+        )
+
+    def to(self, device: torch.device | str) -> AffineWeight:
+        """Return the weight on another device."""
+        index_I = self.group_index_I
+        return replace(
+            self,
+            codes_OI=self.codes_OI.to(device),
+            scale_OG=self.scale_OG.to(device),
+            zero_point_OG=self.zero_point_OG.to(device),
+            group_index_I=None if index_I is None else index_I.to(device),
+        )
+
+    def digest_parts(self) -> Iterator[torch.Tensor]:
+        """Yield codes, scales in float32 whatever stores them, zero points, and the group of each column."""
+        index_I = self.group_index_I
+        if index_I is None:
+            index_I = torch.arange(self.in_features) // self.group_size
+        yield self.codes_OI.to(torch.uint8)
+        yield self.scale_OG.to(torch.float32)
+        yield self.zero_point_OG.to(torch.int32)
+        yield index_I.to(torch.int32)
 
     def with_scale_dtype(self, dtype: torch.dtype) -> AffineWeight:
         """Return the same weight with its scales in another dtype, which must hold them exactly."""

@@ -9,7 +9,6 @@ from itertools import zip_longest
 
 import torch
 
-from optgptq.affine_weight import AffineWeight
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.manifest import Problem, check_manifest, read_manifest, sha256_file
 from optgptq.checkpoint.source import TensorSource
@@ -18,6 +17,7 @@ from optgptq.formats import CheckpointFormat, detect
 from optgptq.formats.checkpoint import OWN_FILES, plan_entries, same_config
 from optgptq.formats.tensors import columns_per_group
 from optgptq.layout import LinearLayout
+from optgptq.quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,22 +41,14 @@ class VerifyReport:
     notes: tuple[str, ...]
 
 
-def weight_digest(weight: AffineWeight) -> str:
-    """Return the SHA-256 of everything that `dequantize` depends on: codes, scales, zero points, group of each column.
+def weight_digest(weight: QuantizedWeight) -> str:
+    """Return the SHA-256 of everything that `dequantize` depends on.
 
     Two weights have the same digest exactly if they have the same codes and dequantize alike, whatever the dtype that
-    stores their scales. Hashing the parts reads a quarter of the bytes of the dequantized weight.
+    stores their grids. Hashing the parts reads a quarter of the bytes of the dequantized weight.
     """
-    index_I = weight.group_index_I
-    if index_I is None:
-        index_I = torch.arange(weight.in_features) // weight.group_size
-    digest = hashlib.sha256(f"{weight.bits} {list(weight.codes_OI.shape)} {weight.num_groups}".encode())
-    for part in (
-        weight.codes_OI.to(torch.uint8),
-        weight.scale_OG.to(torch.float32),
-        weight.zero_point_OG.to(torch.int32),
-        index_I.to(torch.int32),
-    ):
+    digest = hashlib.sha256(f"{weight.bits} {[weight.out_features, weight.in_features]} {weight.num_groups}".encode())
+    for part in weight.digest_parts():
         digest.update(part.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 

@@ -5,8 +5,6 @@ Shapes: `T` tokens, `O` output rows, `I` input columns, `G` groups along `I`.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from optgptq.affine_weight import AffineWeight
@@ -40,16 +38,6 @@ def affine_matmul(
     for begin in range(0, weight.out_features, rows):
         end = min(begin + rows, weight.out_features)
         chunk_bias = None if bias_O is None else bias_O[begin:end]
-        part = torch.nn.functional.linear(x, row_slice(weight, begin, end).dequantize(x.dtype), chunk_bias)
+        part = torch.nn.functional.linear(x, weight.rows(begin, end).dequantize(x.dtype), chunk_bias)
         output[..., begin:end] = part
     return output
-
-
-def row_slice(weight: AffineWeight, begin: int, end: int) -> AffineWeight:
-    """Return rows `begin .. end` of a weight; the tensors are views."""
-    return dataclasses.replace(
-        weight,
-        codes_OI=weight.codes_OI[begin:end],
-        scale_OG=weight.scale_OG[begin:end],
-        zero_point_OG=weight.zero_point_OG[begin:end],
-    )

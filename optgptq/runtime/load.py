@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Literal
@@ -68,7 +67,7 @@ def load_model(
         if weights == "dense":
             return Linear(weight.dequantize(dtype).to(device), bias_O)
         assert kernel is not None
-        return QuantLinear(weight=_to_device(weight, device), bias_O=bias_O, kernel=kernel)
+        return QuantLinear(weight=weight.to(device), bias_O=bias_O, kernel=kernel)
 
     return load_decoder(folder, dtype=dtype, device=device, supply_linear=supply, supplied=tuple(layouts))
 
@@ -113,14 +112,3 @@ def _read_bias(
     if name not in folder.tensors and not linear.has_bias:
         return None
     return read_weight(folder, name, (linear.out_features,), dtype=dtype, device=device)
-
-
-def _to_device(weight: AffineWeight, device: torch.device | str) -> AffineWeight:
-    index_I = weight.group_index_I
-    return dataclasses.replace(
-        weight,
-        codes_OI=weight.codes_OI.to(device),
-        scale_OG=weight.scale_OG.to(device),
-        zero_point_OG=weight.zero_point_OG.to(device),
-        group_index_I=None if index_I is None else index_I.to(device),
-    )

@@ -162,16 +162,8 @@ class LayerSolution:
 
     def rows(self, begin: int, end: int) -> LayerSolution:
         """Return the solution of rows `begin .. end`; the time is shared out by rows."""
-        weight = AffineWeight(
-            codes_OI=self.weight.codes_OI[begin:end],
-            scale_OG=self.weight.scale_OG[begin:end],
-            zero_point_OG=self.weight.zero_point_OG[begin:end],
-            bits=self.weight.bits,
-            group_size=self.weight.group_size,
-            symmetric=self.weight.symmetric,
-        )
         return LayerSolution(
-            weight=weight,
+            weight=self.weight.rows(begin, end),
             row_energy_O=self.row_energy_O[begin:end],
             row_loss_O=self.row_loss_O[begin:end],
             row_rtn_loss_O=self.row_rtn_loss_O[begin:end],

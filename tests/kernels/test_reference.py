@@ -10,7 +10,7 @@ from support.checkpoints import random_weight
 
 from optgptq.affine_weight import AffineWeight
 from optgptq.kernels import choose_affine_matmul
-from optgptq.kernels.reference import affine_matmul, row_slice
+from optgptq.kernels.reference import affine_matmul
 from optgptq.layout import LinearLayout
 
 
@@ -80,9 +80,9 @@ def test_half_precision_inputs_keep_their_dtype():
     torch.testing.assert_close(output.double(), slow_product(x, weight), rtol=0.05, atol=0.2)
 
 
-def test_row_slice_takes_the_rows_of_everything():
+def test_rows_take_the_rows_of_everything():
     weight = random_weight(layout(9, 32, group_size=16))
-    part = row_slice(weight, 2, 5)
+    part = weight.rows(2, 5)
     assert part.out_features == 3
     assert torch.equal(part.dequantize(), weight.dequantize()[2:5])
 
