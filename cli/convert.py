@@ -16,7 +16,9 @@ from .output import write_json, write_note, write_result
 def convert(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="Layout: gptq, gptq_v2, compressed-tensors.", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", help="Layout: gptq, gptq_v2, compressed-tensors, optgptq.", show_default=False)
+    ],
     revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,

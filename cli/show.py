@@ -11,7 +11,7 @@ from .output import human_bytes, table, write_json, write_result
 
 if TYPE_CHECKING:
     from optgptq.formats.verify import VerifyReport
-    from optgptq.reports.inspect import InspectReport
+    from optgptq.reports.inspect import InspectReport, LayerReport
 
 
 def inspect(
@@ -75,7 +75,7 @@ def _inspect_page(report: InspectReport) -> str:
                 f"{layer.out_features} x {layer.in_features}",
                 str(layer.bits),
                 "row" if layer.group_size == -1 else str(layer.group_size),
-                "symmetric" if layer.symmetric else "asymmetric",
+                _grid(layer),
                 _loss(layer.loss),
                 _loss(layer.rtn_loss),
             )
@@ -87,6 +87,12 @@ def _inspect_page(report: InspectReport) -> str:
         parts.append(table([(entry["name"], entry["reason"]) for entry in report.dense], header=("dense", "reason")))
     parts += [f"warning: {warning}" for warning in report.warnings]
     return "\n\n".join(parts)
+
+
+def _grid(layer: LayerReport) -> str:
+    if layer.coefficients is not None:
+        return f"signs, {layer.coefficients}"
+    return "symmetric" if layer.symmetric else "asymmetric"
 
 
 def _loss(value: float | None) -> str:

@@ -5,10 +5,12 @@ Shapes: `O` output rows, `I` input columns, `G` groups along `I`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+
+from optgptq.layout import LinearLayout
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -46,6 +48,10 @@ class AffineWeight:
     def num_groups(self) -> int:
         return self.scale_OG.shape[1]
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return self.scale_OG.dtype
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight `[O, I]`. The product is taken in float32, then cast: this is the truth for all kernels."""
         scale_OG = self.scale_OG.to(torch.float32)
@@ -63,11 +69,20 @@ class AffineWeight:
 
     def rows(self, begin: int, end: int) -> AffineWeight:
         """Return rows `begin .. end`; the tensors are views."""
+        return self._map_rows(lambda tensor: tensor[begin:end])
+
+    def select(self, rows_O: torch.Tensor) -> AffineWeight:
+        """Return the rows with these numbers, in this order."""
+        return self._map_rows(lambda tensor: tensor[rows_O])
+
+    @classmethod
+    def stacked(cls, parts: Sequence[AffineWeight]) -> AffineWeight:
+        """Return weights that differ in their rows only as one, row below row."""
         return replace(
-            self,
-            codes_OI=self.codes_OI[begin:end],
-            scale_OG=self.scale_OG[begin:end],
-            zero_point_OG=self.zero_point_OG[begin:end],
+            parts[0],
+            codes_OI=torch.cat([part.codes_OI for part in parts]),
+            scale_OG=torch.cat([part.scale_OG for part in parts]),
+            zero_point_OG=torch.cat([part.zero_point_OG for part in parts]),
         )
 
     def to(self, device: torch.device | str) -> AffineWeight:
@@ -91,14 +106,35 @@ class AffineWeight:
         yield self.zero_point_OG.to(torch.int32)
         yield index_I.to(torch.int32)
 
+    def scales_fit(self, dtype: torch.dtype) -> bool:
+        """True if `dtype` holds every scale exactly."""
+        return torch.equal(self.scale_OG.to(dtype).to(torch.float32), self.scale_OG.to(torch.float32))
+
     def with_scale_dtype(self, dtype: torch.dtype) -> AffineWeight:
         """Return the same weight with its scales in another dtype, which must hold them exactly."""
-        scale_OG = self.scale_OG.to(dtype)
-        if not torch.equal(scale_OG.to(torch.float32), self.scale_OG.to(torch.float32)):
+        if not self.scales_fit(dtype):
             raise ValueError(f"scales are not exact in {dtype}")
-        return replace(self, scale_OG=scale_OG)
+        return replace(self, scale_OG=self.scale_OG.to(dtype))
+
+    def laid_out(self, layout: LinearLayout) -> LinearLayout:
+        """Return `layout` with what the weight itself decides."""
+        return replace(layout, symmetric=self.symmetric, coefficients=None)
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield what is wrong with the scales: which values, what was expected, what was found."""
+        num_bad = int((~torch.isfinite(self.scale_OG)).sum())
+        if num_bad:
+            yield "scales", "finite values", f"{num_bad} that are NaN or infinite"
 
     def stored_bits(self, *, zero_points_stored: bool) -> int:
         """Return the bits that codes, scales and (where stored) zero points take, without padding to words."""
         bits = self.codes_OI.numel() * self.bits + self.scale_OG.numel() * self.scale_OG.element_size() * 8
         return bits + (self.zero_point_OG.numel() * self.bits if zero_points_stored else 0)
+
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> AffineWeight:
+        return replace(
+            self,
+            codes_OI=change(self.codes_OI),
+            scale_OG=change(self.scale_OG),
+            zero_point_OG=change(self.zero_point_OG),
+        )

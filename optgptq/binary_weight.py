@@ -1,20 +1,21 @@
 """Weights as sums of signs: binary coding.
 
 `weight[o, i] = offset[o, g(i)] + sum_p coefficient[o, g(i), p] * sign[p, o, i]` with signs of +1 and -1. A uniform grid
-of `P` bits is the special case `coefficient_p = scale * 2**p / 2`, `offset = scale * ((2**P - 1) / 2 - zero_point)`.
+of `P` bits is the special case `coefficient_p = scale * 2**p / 2`, `offset = scale * ((2**P - 1) / 2 - zero_point)`,
+up to the order of the planes.
 
 Shapes: `O` output rows, `I` input columns, `G` groups along `I`, `P` planes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 
-from optgptq.layout import CoefficientStorage
+from optgptq.layout import CoefficientStorage, LinearLayout
 
 
 class Coefficients(Protocol):
@@ -32,6 +33,9 @@ class Coefficients(Protocol):
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """Return the same with `change` applied to every stored tensor."""
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield what is wrong with the stored values: which of them, what was expected, what was found."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +62,10 @@ class FloatCoefficients:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> FloatCoefficients:
         return FloatCoefficients(change(self.alpha_OGP), change(self.offset_OG))
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        yield from _finite("coefficients", self.alpha_OGP, above="not negative")
+        yield from _finite("offsets", self.offset_OG)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +96,10 @@ class ByteCoefficients:
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ByteCoefficients:
         return ByteCoefficients(change(self.alpha_OGP), change(self.offset_OG), change(self.row_scale_O))
 
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        yield from _finite("coefficients", self.alpha_OGP, above="not negative")
+        yield from _finite("row scales", self.row_scale_O, above="positive")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepCoefficients:
@@ -116,6 +128,11 @@ class StepCoefficients:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> StepCoefficients:
         return StepCoefficients(change(self.steps_OP), change(self.scale_OG), change(self.offset_OG))
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        yield from _finite("steps", self.steps_OP, above="positive")
+        yield from _finite("scales", self.scale_OG, above="not negative")
+        yield from _finite("offsets", self.offset_OG)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -149,6 +166,11 @@ class BinaryWeight:
     def num_groups(self) -> int:
         return -(-self.in_features // self.group_size)
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The floating dtype of coefficients and scales."""
+        return next(iter(self._floats())).dtype
+
     def levels(self) -> torch.Tensor:
         """Return what each code stands for, `[O, G, 2**P]`: the offset, then plane by plane, summed in float32."""
         alpha_OGP, offset_OG = self.coefficients.values()
@@ -171,6 +193,21 @@ class BinaryWeight:
         ordered_OI = torch.empty_like(dense_OI)
         ordered_OI[:, self.column_order_I.long()] = dense_OI
         return ordered_OI
+
+    def select(self, rows_O: torch.Tensor) -> BinaryWeight:
+        """Return the rows with these numbers, in this order."""
+        return self._map(lambda tensor: tensor[rows_O])
+
+    @classmethod
+    def stacked(cls, parts: Sequence[BinaryWeight]) -> BinaryWeight:
+        """Return weights that differ in their rows only as one, row below row."""
+        kind = type(parts[0].coefficients)
+        stored = zip(*(part.coefficients.tensors() for part in parts), strict=True)
+        return replace(
+            parts[0],
+            codes_OI=torch.cat([part.codes_OI for part in parts]),
+            coefficients=kind(*(torch.cat(tensors) for tensors in stored)),
+        )
 
     def rows(self, begin: int, end: int) -> BinaryWeight:
         """Return rows `begin .. end`; the tensors are views."""
@@ -198,6 +235,49 @@ class BinaryWeight:
         num_bytes: int = sum(tensor.nbytes for tensor in stored)
         return self.codes_OI.numel() * self.bits + 8 * num_bytes
 
+    def scales_fit(self, dtype: torch.dtype) -> bool:
+        """True if `dtype` holds every floating coefficient and scale exactly."""
+        return all(torch.equal(tensor.to(dtype).double(), tensor.double()) for tensor in self._floats())
+
+    def with_scale_dtype(self, dtype: torch.dtype) -> BinaryWeight:
+        """Return the same weight with its floating coefficients in another dtype, which must hold them exactly."""
+        if not self.scales_fit(dtype):
+            raise ValueError(f"coefficients are not exact in {dtype}")
+        coefficients = self.coefficients.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        return replace(self, coefficients=coefficients)
+
+    def laid_out(self, layout: LinearLayout) -> LinearLayout:
+        """Return `layout` with what the weight itself decides."""
+        return replace(layout, symmetric=False, coefficients=self.coefficients.storage)
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Yield what is wrong with the values that are not codes: which of them, what was expected, what was found."""
+        yield from self.coefficients.problems()
+        order_I = self.column_order_I
+        if order_I is None:
+            return
+        every_I = torch.arange(self.in_features, device=order_I.device)
+        if not torch.equal(order_I.long().sort().values, every_I):
+            num_distinct = len(set(order_I.tolist()))
+            found = f"{num_distinct} distinct columns from {int(order_I.min())} to {int(order_I.max())}"
+            yield "column order", f"each of {self.in_features} columns once", found
+
+    def _floats(self) -> list[torch.Tensor]:
+        return [tensor for tensor in self.coefficients.tensors() if tensor.is_floating_point()]
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> BinaryWeight:
         """Return the weight with `change` applied to every tensor that has rows."""
         return replace(self, codes_OI=change(self.codes_OI), coefficients=self.coefficients.map(change))
+
+
+def _finite(
+    part: str, tensor: torch.Tensor, *, above: Literal["positive", "not negative"] | None = None
+) -> Iterator[tuple[str, str, str]]:
+    """Yield the problem of values that are not finite or not `above`; nothing when all are."""
+    good = torch.isfinite(tensor)
+    if above is not None:
+        good &= tensor > 0 if above == "positive" else tensor >= 0
+    num_bad = int((~good).sum())
+    if num_bad:
+        expected = "finite values" if above is None else f"finite values that are {above}"
+        yield part, expected, f"{num_bad} of {tensor.numel()} that are not"

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from optgptq import __version__
-from optgptq.affine_weight import AffineWeight
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.manifest import describe_files, read_manifest, write_manifest
 from optgptq.checkpoint.publish import require_disk_space, staging_folder
 from optgptq.checkpoint.safetensors_header import TORCH_DTYPES
 from optgptq.checkpoint.writer import ShardWriter, TensorEntry
+from optgptq.convert_weight import weight_for
 from optgptq.errors import FormatError
 from optgptq.formats import CheckpointFormat, detect, format_named
 from optgptq.formats.checkpoint import write_side_files
@@ -46,12 +46,15 @@ class ConvertResult:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """One linear of the source: its layout as the words say, the dtype of its scales, its digest."""
+    """One linear: its layouts in source and result, and tensors, dtypes of scales and digest of the result."""
 
+    source: LinearLayout
     layout: LinearLayout
+    entries: tuple[TensorEntry, ...]
     scale_dtype: torch.dtype
+    wanted_dtype: torch.dtype
     digest: str
 
 
@@ -59,7 +62,7 @@ def convert(source: Path, output: Path, *, to: str, overwrite: bool = False) -> 
     """Write the checkpoint `source` to `output` in format `to`; decoded weights stay bit-equal.
 
     Args:
-        source: folder in one of `optgptq.formats.FORMATS`.
+        source: folder in one of `optgptq.formats.FORMATS` or `READ_ONLY_FORMATS`.
         output: folder that appears when everything was written and checked.
         to: name of the wanted format.
         overwrite: replace an existing output.
@@ -67,7 +70,7 @@ def convert(source: Path, output: Path, *, to: str, overwrite: bool = False) -> 
     Raises:
         UsageError: no such format.
         FormatError: the source is dense or damaged.
-        TargetError: act-order, or scales or zero points that the format cannot hold exactly.
+        TargetError: act-order, or scales, coefficients or zero points that the format cannot hold exactly.
         OutputError, CapacityError: the output cannot be written.
     """
     target = format_named(to)
@@ -77,11 +80,9 @@ def convert(source: Path, output: Path, *, to: str, overwrite: bool = False) -> 
         layouts = form.read_layouts(folder)
         plans, notes = _plan(folder, form, target, layouts)
         final = [plans[layout.name].layout if layout.name in plans else layout for layout in layouts]
-        scale_dtypes = {plan.scale_dtype for plan in plans.values()}
-        warnings = [
-            warning for dtype in sorted(scale_dtypes, key=str) for warning in target.check(final, scale_dtype=dtype)
-        ]
-        entries = _entries(folder, form, target, plans)
+        scale_dtypes = sorted({plan.scale_dtype for plan in plans.values()}, key=str)
+        warnings = [warning for dtype in scale_dtypes for warning in target.check(final, scale_dtype=dtype)]
+        entries = _entries(folder, form, plans)
         require_disk_space(staging.path, sum(entry.num_bytes for entry in entries))
         writer = ShardWriter(staging.path, entries, max_shard_bytes=_shard_bytes(folder))
         _write(folder, writer, form, target, plans=plans)
@@ -114,36 +115,51 @@ def _require_quantized(folder: CheckpointFolder) -> CheckpointFormat:
 def _plan(
     folder: CheckpointFolder, form: CheckpointFormat, target: CheckpointFormat, layouts: Sequence[LinearLayout]
 ) -> tuple[dict[str, _Plan], list[str]]:
-    """Decode every linear once: only the words tell whether it is symmetric and which dtype holds its scales.
-
-    Raises TargetError now, before anything is written, for what the target cannot hold.
-    """
+    """Decode every linear, before anything is written: only the words tell what the target can hold, and how."""
     plans: dict[str, _Plan] = {}
     notes: list[str] = []
     model_dtype = _model_dtype(folder)
     for layout in layouts:
-        if layout.bits is None:
-            continue
-        decoded = form.decode(folder, layout)
-        true_layout = replace(layout, symmetric=decoded.symmetric)
-        weight = _with_scale_dtype(decoded, target.scale_dtype(model_dtype or decoded.scale_OG.dtype))
-        target.encode(true_layout, weight)
-        plans[layout.name] = _Plan(true_layout, weight.scale_OG.dtype, weight_digest(weight))
-        notes += [f"{layout.name}: {note}" for note in form.notes(folder, layout)]
-    kept = [
-        name for name, plan in plans.items() if plan.scale_dtype != target.scale_dtype(model_dtype or plan.scale_dtype)
+        if layout.bits is not None:
+            plans[layout.name] = _plan_linear(folder, form, target, layout, model_dtype=model_dtype)
+            notes += [f"{layout.name}: {note}" for note in form.notes(folder, layout)]
+    for name, plan in list(plans.items()):
+        fused = [plans[other].layout.symmetric for other in plan.layout.fused_names if other in plans]
+        # Binary codes only: uniform grids are what their file says.
+        if plan.layout.symmetric and not all(fused) and plan.source.coefficients is not None:
+            plans[name] = _plan_linear(folder, form, target, plan.source, model_dtype=model_dtype, symmetric=False)
+    kept = Counter((plan.scale_dtype, plan.wanted_dtype) for plan in plans.values())
+    notes += [
+        f"scales of {count} linears are stored in {stored}: {wanted} would round them"
+        for (stored, wanted), count in kept.items()
+        if stored != wanted
     ]
-    if kept:
-        notes.append(f"scales of {len(kept)} linears stay as the source has them: {model_dtype} would round them")
     return plans, notes
 
 
-def _with_scale_dtype(weight: AffineWeight, dtype: torch.dtype) -> AffineWeight:
-    """Return `weight` with scales in `dtype`, or as they are where that would round one of them."""
-    scale_OG = weight.scale_OG.to(dtype)
-    if not torch.equal(scale_OG.to(torch.float32), weight.scale_OG.to(torch.float32)):
-        return weight
-    return replace(weight, scale_OG=scale_OG)
+def _plan_linear(
+    folder: CheckpointFolder,
+    form: CheckpointFormat,
+    target: CheckpointFormat,
+    layout: LinearLayout,
+    *,
+    model_dtype: torch.dtype | None,
+    symmetric: bool = True,
+) -> _Plan:
+    weight = weight_for(target, form.decode(folder, layout), layout, symmetric=symmetric)
+    wanted = target.scale_dtype(model_dtype or weight.scale_dtype)
+    if weight.scales_fit(wanted):
+        weight = weight.with_scale_dtype(wanted)
+    final = weight.laid_out(layout)
+    tensors = target.encode(final, weight)
+    return _Plan(
+        source=layout,
+        layout=final,
+        entries=tuple(TensorEntry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()),
+        scale_dtype=weight.scale_dtype,
+        wanted_dtype=wanted,
+        digest=weight_digest(weight),
+    )
 
 
 def _model_dtype(folder: CheckpointFolder) -> torch.dtype | None:
@@ -153,9 +169,7 @@ def _model_dtype(folder: CheckpointFolder) -> torch.dtype | None:
     return TORCH_DTYPES[max(sorted(counts), key=counts.__getitem__)] if counts else None
 
 
-def _entries(
-    folder: CheckpointFolder, form: CheckpointFormat, target: CheckpointFormat, plans: Mapping[str, _Plan]
-) -> list[TensorEntry]:
+def _entries(folder: CheckpointFolder, form: CheckpointFormat, plans: Mapping[str, _Plan]) -> list[TensorEntry]:
     """All tensors of the result: those of a linear take the place of the first tensor it had."""
     entries: list[TensorEntry] = []
     done: set[str] = set()
@@ -165,8 +179,7 @@ def _entries(
             entries.append(TensorEntry(name, info.torch_dtype, info.shape))
         elif linear not in done:
             done.add(linear)
-            plan = plans[linear]
-            entries += target.entries(plan.layout, dense_dtype=plan.scale_dtype)
+            entries += plans[linear].entries
     return entries
 
 
@@ -187,9 +200,9 @@ def _write(
         if _linear_of(name, form, plans) is None:
             writer.write_chunks(name, folder.read_chunks(name))
     for plan in plans.values():
-        decoded = form.decode(folder, plan.layout)
-        weight = replace(decoded, scale_OG=decoded.scale_OG.to(plan.scale_dtype))
-        for name, tensor in target.encode(plan.layout, weight).items():
+        weight = weight_for(target, form.decode(folder, plan.source), plan.source, symmetric=plan.layout.symmetric)
+        tensors = target.encode(plan.layout, weight.with_scale_dtype(plan.scale_dtype))
+        for name, tensor in tensors.items():
             writer.write(name, tensor)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from optgptq.affine_weight import AffineWeight
 from optgptq.calibration.layer import SolvedLinear
 from optgptq.calibration.norm_tweaking import NormTweak
 from optgptq.plan import LinearPlan
+from optgptq.quantized_weight import QuantizedWeight
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class JobRecord:
         """Codes, scales and stored zero points over the quantized weights."""
         return self._stored_bits / self._num_weights if self._num_weights else 0.0
 
-    def add_linear(self, solved: SolvedLinear, stored: AffineWeight | None) -> None:
+    def add_linear(self, solved: SolvedLinear, stored: QuantizedWeight | None) -> None:
         """Add a linear and its weight with the scales that are stored; notes of its solver become warnings."""
         layout, solution = solved.plan.layout, solved.solution
         if solution is None or stored is None:
@@ -61,6 +61,7 @@ class JobRecord:
                 "damp_ratio_used": solution.damp_ratio_used,
                 "num_dead_inputs": solution.num_dead_inputs,
                 "notes": list(solution.notes),
+                **({} if layout.coefficients is None else {"coefficients": layout.coefficients}),
                 **_shift(solved),
                 **_reason(solved.plan),
             }

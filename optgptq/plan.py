@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from optgptq.errors import RecipeError
 from optgptq.formats.base import CheckpointFormat
+from optgptq.grids.binary_settings import BinarySettings
 from optgptq.grids.settings import GridSettings
 from optgptq.layout import LinearLayout
 from optgptq.models.inventory import LinearInfo, model_linears, outer_linears
 from optgptq.models.spec import DecoderSpec
-from optgptq.recipe.records import Recipe
+from optgptq.recipe.records import BinaryRecipe, Recipe
 from optgptq.recipe.rules import ResolvedWeight, check_rules, resolve_weight
+from optgptq.solvers import METHODS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,7 @@ class LinearPlan:
         layout: how it will be stored.
         method: name of its solver.
         grid: its grid; None when it stays dense.
+        binary: how its levels are found where they are sums of signs; None where grids are uniform.
         reason: what in the recipe makes it differ from the defaults; None where nothing does.
     """
 
@@ -32,6 +35,7 @@ class LinearPlan:
     layout: LinearLayout
     method: str
     grid: GridSettings | None
+    binary: BinarySettings | None
     reason: str | None
 
 
@@ -75,13 +79,15 @@ def outer_layouts(spec: DecoderSpec) -> tuple[LinearLayout, ...]:
 
 def _plan(linear: LinearInfo, settings: ResolvedWeight, recipe: Recipe, form: CheckpointFormat) -> LinearPlan:
     dense = settings.keep_dense
+    binary = None if dense else _binary(settings, recipe.binary)
     layout = LinearLayout(
         name=linear.name,
         out_features=linear.out_features,
         in_features=linear.in_features,
         bits=None if dense else settings.bits,
         group_size=settings.group_size,
-        symmetric=settings.symmetric,
+        symmetric=settings.symmetric and binary is None,
+        coefficients=None if binary is None else binary.coefficients,
         stored_transposed=linear.stored_transposed,
         fused_names=linear.fused_names,
         fused_name=linear.fused_name,
@@ -96,7 +102,29 @@ def _plan(linear: LinearInfo, settings: ResolvedWeight, recipe: Recipe, form: Ch
         smallest_zero_point=form.smallest_zero_point,
     )
     return LinearPlan(
-        info=linear, layout=layout, method=settings.method, grid=None if dense else grid, reason=settings.reason
+        info=linear,
+        layout=layout,
+        method=settings.method,
+        grid=None if dense else grid,
+        binary=binary,
+        reason=settings.reason,
+    )
+
+
+def _binary(settings: ResolvedWeight, recipe: BinaryRecipe) -> BinarySettings | None:
+    of_method = METHODS[settings.method].binary
+    if of_method is None:
+        return None
+    intermediate = recipe.intermediate_bits
+    return of_method(
+        BinarySettings(
+            intermediate_bits=min(settings.bits + 2, 5) if intermediate is None else intermediate,
+            weighting=recipe.weighting,
+            uniform_start=recipe.uniform_start,
+            refits=recipe.refits,
+            sweeps=recipe.sweeps,
+            coefficients=recipe.coefficients,
+        )
     )
 
 
@@ -130,7 +158,7 @@ def _check_fused(plans: Sequence[LinearPlan]) -> None:
             if mine != other:
                 raise RecipeError(
                     f"weights.rules: {plan.info.name} and {name}",
-                    expected=f"the same bits, group_size and symmetry, as engines load both as {plan.info.fused_name}",
+                    expected=f"the same bits, group_size and grids, as engines load both as {plan.info.fused_name}",
                     found=f"{mine} and {other}",
                     action=f"Let the pattern match all of {', '.join(plan.info.fused_names)}, or none.",
                 )
@@ -140,4 +168,5 @@ def _stored_alike(plan: LinearPlan) -> str:
     layout = plan.layout
     if layout.bits is None:
         return "dense"
-    return f"{layout.bits} bits, group_size {layout.group_size}, symmetric {layout.symmetric}"
+    kind = f"symmetric {layout.symmetric}" if layout.coefficients is None else f"coefficients {layout.coefficients}"
+    return f"{layout.bits} bits, group_size {layout.group_size}, {kind}"

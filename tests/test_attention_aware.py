@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from optgptq.models.registry import model_spec
 from optgptq.quantize import QuantizeResult, quantize
 from optgptq.recipe.loading import load_recipe
 from optgptq.recipe.records import AttentionRecipe, Recipe, TransformRecipe
-from optgptq.solvers import SOLVERS, LayerProblem, LayerSolution
+from optgptq.solvers import METHODS, LayerProblem, LayerSolution
 
 EVERYTHING: dict[str, Any] = {
     "method": "attention_aware",
@@ -105,8 +106,8 @@ def problems(monkeypatch: pytest.MonkeyPatch) -> list[LayerProblem]:
 
         return solve
 
-    recorded = {name: recording(solver) for name, solver in SOLVERS.items()}
-    monkeypatch.setattr("optgptq.calibration.layer.SOLVERS", recorded)
+    recorded = {name: replace(method, solver=recording(method.solver)) for name, method in METHODS.items()}
+    monkeypatch.setattr("optgptq.calibration.layer.METHODS", recorded)
     return seen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +28,7 @@ from optgptq.quantize import QuantizeResult, quantize
 from optgptq.recipe.records import CalibrationRecipe, Recipe, WeightRecipe
 from optgptq.reports import events
 from optgptq.runtime.load import load_model
-from optgptq.solvers import SOLVERS, LayerProblem, LayerSolution
+from optgptq.solvers import METHODS, LayerProblem, LayerSolution
 from optgptq.solvers.factor import factor_moment
 
 FAMILIES = (
@@ -74,8 +75,8 @@ def solutions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[LayerProblem, Layer
 
         return solve
 
-    recorded = {name: recording(solver) for name, solver in SOLVERS.items()}
-    monkeypatch.setattr("optgptq.calibration.layer.SOLVERS", recorded)
+    recorded = {name: replace(method, solver=recording(method.solver)) for name, method in METHODS.items()}
+    monkeypatch.setattr("optgptq.calibration.layer.METHODS", recorded)
     return seen
 
 

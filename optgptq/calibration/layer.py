@@ -25,7 +25,7 @@ from optgptq.models.layer import DecoderLayer
 from optgptq.models.linear import Linear
 from optgptq.models.spec import STAGE_NAMES, StageName
 from optgptq.plan import LinearPlan
-from optgptq.solvers import SOLVERS, LayerProblem, LayerSolution, Solver, SolverSettings, gptaq
+from optgptq.solvers import METHODS, LayerProblem, LayerSolution, Solver, SolverSettings, gptaq
 from optgptq.solvers.stacking import solve_together
 
 
@@ -40,7 +40,7 @@ class LayerSettings:
         measure_full_precision: moments come from the full-precision stream.
         shift: how targets are shifted; None for not at all. It needs the true-sequential order, moments of the
             quantized stream, and a full-precision stream of the same windows.
-        attention: what of attention the method `attention_aware` sees; None for nothing.
+        attention: what of attention the methods that see it are shown; None for nothing.
         norm_tweaking: how norms are trained behind the linears; None for not at all. It needs a full-precision stream
             of the same windows, some of them held out.
     """
@@ -178,14 +178,14 @@ class LayerCalibration:
 
     def _attention_unseen(self, plan: LinearPlan) -> tuple[str, ...]:
         """Return why a query, key or value that should see attention does not."""
-        if self.settings.attention is None or plan.info.stage != "qkv" or plan.method != "attention_aware":
+        if self.settings.attention is None or plan.info.stage != "qkv" or not METHODS[plan.method].sees_attention:
             return ()
-        return ("solved without attention: a query, key or value of the layer is not quantized by attention_aware",)
+        return ("solved without attention: a query, key or value of the layer is not quantized by the same method",)
 
     def _solver(self, plan: LinearPlan, statistics: StageStatistics) -> Solver:
         shift = self.settings.shift
         if statistics.drift is None or shift is None or shift.rule == "exact" or plan.method != "gptq":
-            return SOLVERS[plan.method]
+            return METHODS[plan.method].solver
         assert shift.strength is not None
         return partial(gptaq.solve, cross_moment_II=statistics.drift.mean(), alpha=shift.strength)
 
@@ -202,7 +202,7 @@ class LayerCalibration:
         self, plan: LinearPlan, weight_OI: torch.Tensor, mean_II: torch.Tensor, statistics: StageStatistics
     ) -> LayerProblem:
         assert plan.grid is not None
-        return LayerProblem(
+        problem = LayerProblem(
             name=plan.info.name,
             weight_OI=weight_OI,
             input_moment_II=mean_II,
@@ -210,6 +210,7 @@ class LayerCalibration:
             grid=plan.grid,
             settings=self.settings.solver,
         )
+        return problem if plan.binary is None else replace(problem, binary=plan.binary)
 
     def _sees_attention(self, plans: Sequence[LinearPlan]) -> bool:
         """Say whether all linears of a stage are solved together for what attention makes of them."""
@@ -217,7 +218,8 @@ class LayerCalibration:
         return (
             plans[0].info.stage == "qkv"
             and attention is not None
-            and all(plan.grid is not None and plan.method == "attention_aware" for plan in plans)
+            and METHODS[plans[0].method].sees_attention
+            and all(plan.grid is not None and plan.method == plans[0].method for plan in plans)
         )
 
     def _solve_attention(
@@ -236,7 +238,7 @@ class LayerCalibration:
             quantized=self.quantized,
             full_precision=None if shift is None else self.full_precision,
             settings=self.settings.attention,
-            solver=SOLVERS["attention_aware"],
+            solver=METHODS[plans[0].method].solver,
             shift=shift or ShiftSettings(strength=0.0),
             moment_dtype=self.settings.moment_dtype,
         )

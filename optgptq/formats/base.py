@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
-from optgptq.affine_weight import AffineWeight
-from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
 from optgptq.checkpoint.writer import TensorEntry
 from optgptq.layout import LinearLayout
+from optgptq.quantized_weight import QuantizedWeight
 
 
 class CheckpointFormat(Protocol):
@@ -29,6 +29,10 @@ class CheckpointFormat(Protocol):
         """Zero points take room in the file even where they are all the same."""
 
     @property
+    def holds_binary_codes(self) -> bool:
+        """It holds sums of signs (`BinaryWeight`) and not uniform grids (`AffineWeight`)."""
+
+    @property
     def suffixes(self) -> tuple[str, ...]:
         """Every suffix that a tensor of a quantized linear may have in a file of this format."""
 
@@ -45,11 +49,12 @@ class CheckpointFormat(Protocol):
     def entries(self, layout: LinearLayout, *, dense_dtype: torch.dtype) -> tuple[TensorEntry, ...]:
         """Return the tensors that replace `<name>.weight`; a bias stays as the source has it."""
 
-    def encode(self, layout: LinearLayout, weight: AffineWeight) -> dict[str, torch.Tensor]:
+    def encode(self, layout: LinearLayout, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """Return the tensors of `weight` under their full names.
 
         Raises:
-            TargetError: a scale, zero point or column order that the format cannot hold exactly.
+            TargetError: a scale, zero point or column order that the format cannot hold exactly, or a weight of the
+                other kind.
         """
 
     def quantization_config(self, layouts: Sequence[LinearLayout]) -> dict[str, Any]:
@@ -65,8 +70,11 @@ class CheckpointFormat(Protocol):
             FormatError: the configuration and the stored tensors contradict each other.
         """
 
-    def decode(self, folder: CheckpointFolder, layout: LinearLayout) -> AffineWeight:
+    def decode(self, folder: CheckpointFolder, layout: LinearLayout) -> QuantizedWeight:
         """Return one quantized weight; FormatError when its tensors are not what the layout promises."""
+
+    def stored_bits(self, layout: LinearLayout, tensors: Sequence[TensorInfo]) -> int:
+        """Return the bits that codes and grids of a linear take in its `tensors`, without the padding of words."""
 
     def notes(self, folder: CheckpointFolder, layout: LinearLayout) -> tuple[str, ...]:
         """Return what is odd about a linear and was dealt with, in plain sentences; empty for a clean file."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from optgptq.affine_weight import AffineWeight
-from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
 from optgptq.checkpoint.writer import TensorEntry
 from optgptq.errors import FormatError
 from optgptq.formats.compressed_tensors_config import (
@@ -25,15 +25,18 @@ from optgptq.formats.consumers import check_compressed_tensors
 from optgptq.formats.naming import with_engine_names
 from optgptq.formats.tensors import (
     SCALE_DTYPES,
+    affine_stored_bits,
     columns_per_group,
     exact_scales,
     groups_per_row,
+    require_affine,
     require_bits,
     require_fits,
     require_tensor,
 )
 from optgptq.layout import LinearLayout
 from optgptq.packing.words import pack_rows, unpack_rows, words_per_row
+from optgptq.quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class CompressedTensorsFormat:
     name: str = "compressed-tensors"
     smallest_zero_point: int = 0
     stores_symmetric_zero_points: bool = False
+    holds_binary_codes: bool = False
     suffixes: tuple[str, ...] = (
         "weight_packed",
         "weight_scale",
@@ -71,16 +75,17 @@ class CompressedTensorsFormat:
             entries.append(TensorEntry(f"{name}.weight_zero_point", torch.int32, (words, groups)))
         return tuple(entries)
 
-    def encode(self, layout: LinearLayout, weight: AffineWeight) -> dict[str, torch.Tensor]:
+    def encode(self, layout: LinearLayout, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         bits, name = require_bits(layout), layout.name
-        require_fits(layout, weight, zero_points=range(2**bits))
+        affine = require_affine(layout, weight)
+        require_fits(layout, affine, zero_points=range(2**bits))
         tensors = {
-            f"{name}.weight_packed": pack_rows(weight.codes_OI, bits),
-            f"{name}.weight_scale": exact_scales(weight.scale_OG, weight.scale_OG.dtype, where=name),
+            f"{name}.weight_packed": pack_rows(affine.codes_OI, bits),
+            f"{name}.weight_scale": exact_scales(affine.scale_OG, affine.scale_OG.dtype, where=name),
             f"{name}.weight_shape": torch.tensor([layout.out_features, layout.in_features]),
         }
         if not layout.symmetric:
-            words_GW = pack_rows(weight.zero_point_OG.t().contiguous(), bits)
+            words_GW = pack_rows(affine.zero_point_OG.t().contiguous(), bits)
             tensors[f"{name}.weight_zero_point"] = words_GW.t().contiguous()
         return tensors
 
@@ -113,6 +118,9 @@ class CompressedTensorsFormat:
             symmetric=layout.symmetric,
             group_index_I=_read_group_index(folder, layout),
         )
+
+    def stored_bits(self, layout: LinearLayout, tensors: Sequence[TensorInfo]) -> int:
+        return affine_stored_bits(layout, tensors, symmetric_zero_points=self.stores_symmetric_zero_points)
 
     def notes(self, folder: CheckpointFolder, layout: LinearLayout) -> tuple[str, ...]:
         bits = require_bits(layout)

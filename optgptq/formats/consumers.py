@@ -16,6 +16,9 @@ GPTQ_BITS = (2, 3, 4, 8)
 MARLIN_BITS = (4, 8)
 MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
 TILE = 32
+PLANE_BITS = range(1, 5)
+# Columns that share a word of a sign plane; groups begin at words.
+WORD_COLUMNS = 32
 
 
 def check_gptq(layouts: Sequence[LinearLayout], *, version: int, scale_dtype: torch.dtype) -> tuple[str, ...]:
@@ -98,11 +101,60 @@ def check_compressed_tensors(layouts: Sequence[LinearLayout]) -> tuple[str, ...]
     return (*warnings, *_misaligned(quantized))
 
 
+def check_planes(layouts: Sequence[LinearLayout]) -> tuple[str, ...]:
+    """Return warnings about sign planes of `layouts`; TargetError when the layout cannot hold them."""
+    for layout in layouts:
+        if layout.bits is not None:
+            require_planes(layout)
+    return ("only optgptq reads this layout: vLLM, SGLang and transformers do not load it.",)
+
+
+def require_planes(layout: LinearLayout) -> None:
+    """Raise TargetError unless sign planes can hold `layout`: its codes, its width, its groups."""
+    if layout.coefficients is None:
+        raise TargetError(
+            layout.name,
+            expected="binary codes",
+            found="a uniform grid",
+            action="Use another export.format, or a method that makes binary codes.",
+        )
+    if layout.bits not in PLANE_BITS:
+        raise TargetError(
+            layout.name,
+            expected=f"{PLANE_BITS[0]} to {PLANE_BITS[-1]} bits",
+            found=str(layout.bits),
+            action="Choose another width, or another export.format.",
+        )
+    columns, group_size = layout.in_features, layout.group_size
+    whole_rows = group_size in (-1, columns)
+    if not whole_rows and (group_size % WORD_COLUMNS or columns % group_size):
+        raise TargetError(
+            layout.name,
+            expected=f"a group size of -1, or a multiple of {WORD_COLUMNS} that divides its {columns} columns",
+            found=str(group_size),
+            action=f"Choose group size {_nearest_group_size(columns, group_size)} for it, or keep it dense, "
+            "by a rule in weights.rules.",
+        )
+
+
+def _nearest_group_size(columns: int, wanted: int) -> int:
+    """Return the allowed group size nearest to `wanted`, the smaller of two; -1 where only whole rows are allowed."""
+    allowed = [size for size in range(WORD_COLUMNS, columns, WORD_COLUMNS) if columns % size == 0]
+    return min(allowed, key=lambda size: (abs(size - wanted), size), default=-1)
+
+
 def _require_sound(layouts: Sequence[LinearLayout], *, bits: Sequence[int]) -> list[LinearLayout]:
     """Return the quantized layouts; TargetError for widths, groups or fused linears that no reader accepts."""
     by_name = {layout.name: layout for layout in layouts}
     quantized = [layout for layout in layouts if layout.bits is not None]
     for layout in quantized:
+        if layout.coefficients is not None:
+            raise TargetError(
+                layout.name,
+                expected="a uniform grid",
+                found="binary codes",
+                action="Use export.format=optgptq for them.",
+            )
         if layout.bits not in bits:
             raise TargetError(
                 layout.name,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from optgptq.affine_weight import AffineWeight
-from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
 from optgptq.checkpoint.writer import TensorEntry
 from optgptq.errors import FormatError
 from optgptq.formats.consumers import check_gptq
@@ -22,15 +22,18 @@ from optgptq.formats.gptq_zero_points import ZeroPoints, load_zero_points, store
 from optgptq.formats.naming import with_engine_names
 from optgptq.formats.tensors import (
     SCALE_DTYPES,
+    affine_stored_bits,
     columns_per_group,
     exact_scales,
     groups_per_row,
+    require_affine,
     require_bits,
     require_fits,
     require_tensor,
 )
 from optgptq.layout import LinearLayout
 from optgptq.packing.words import pack_rows, unpack_rows, words_per_row
+from optgptq.quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class GptqFormat:
     name: str
     version: int
     stores_symmetric_zero_points: bool = True
+    holds_binary_codes: bool = False
     suffixes: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 
     @property
@@ -67,15 +71,16 @@ class GptqFormat:
             TensorEntry(f"{name}.scales", self.scale_dtype(dense_dtype), (groups, rows)),
         )
 
-    def encode(self, layout: LinearLayout, weight: AffineWeight) -> dict[str, torch.Tensor]:
+    def encode(self, layout: LinearLayout, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         bits, name = require_bits(layout), layout.name
-        require_fits(layout, weight, zero_points=range(self.smallest_zero_point, 2**bits))
-        scale_OG = exact_scales(weight.scale_OG, torch.float16, where=name)
+        affine = require_affine(layout, weight)
+        require_fits(layout, affine, zero_points=range(self.smallest_zero_point, 2**bits))
+        scale_OG = exact_scales(affine.scale_OG, torch.float16, where=name)
         index_I = torch.arange(layout.in_features, dtype=torch.int32) // columns_per_group(layout)
-        zero_point_GO = weight.zero_point_OG.t().contiguous()
+        zero_point_GO = affine.zero_point_OG.t().contiguous()
         return {
             f"{name}.g_idx": index_I,
-            f"{name}.qweight": pack_rows(weight.codes_OI, bits).t().contiguous(),
+            f"{name}.qweight": pack_rows(affine.codes_OI, bits).t().contiguous(),
             f"{name}.qzeros": store_zero_points(zero_point_GO, bits, version=self.version),
             f"{name}.scales": scale_OG.t().contiguous(),
         }
@@ -112,6 +117,9 @@ class GptqFormat:
             symmetric=layout.symmetric and bool((zero_points.zero_point_GO == middle).all()),
             group_index_I=_read_group_index(folder, layout),
         )
+
+    def stored_bits(self, layout: LinearLayout, tensors: Sequence[TensorInfo]) -> int:
+        return affine_stored_bits(layout, tensors, symmetric_zero_points=self.stores_symmetric_zero_points)
 
     def notes(self, folder: CheckpointFolder, layout: LinearLayout) -> tuple[str, ...]:
         zero_points = self._zero_points(folder, layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import regex
 
@@ -118,18 +119,7 @@ def _with_fused_names(layout: LinearLayout, names: set[str], *, transposed: bool
         members = tuple(f"{parent}{dot}{member}" for member in leaves)
         if leaf in leaves and names.issuperset(members):
             fused_names, fused_name = members, f"{parent}{dot}{fused_leaf}"
-    return LinearLayout(
-        name=layout.name,
-        out_features=layout.out_features,
-        in_features=layout.in_features,
-        bits=layout.bits,
-        group_size=layout.group_size,
-        symmetric=layout.symmetric,
-        stored_transposed=transposed,
-        fused_names=fused_names,
-        fused_name=fused_name,
-        dense_reason=layout.dense_reason,
-    )
+    return replace(layout, stored_transposed=transposed, fused_names=fused_names, fused_name=fused_name)
 
 
 def _dotted(head: str) -> str:

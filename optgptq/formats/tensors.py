@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from optgptq.affine_weight import AffineWeight
+from optgptq.binary_weight import BinaryWeight
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.safetensors_header import TensorInfo
 from optgptq.errors import FormatError, TargetError
 from optgptq.layout import LinearLayout
+from optgptq.quantized_weight import QuantizedWeight
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
 
@@ -52,6 +54,41 @@ def require_tensor(
             action="Check quantization_config: it contradicts the stored tensors.",
         )
     return info
+
+
+def require_affine(layout: LinearLayout, weight: QuantizedWeight) -> AffineWeight:
+    """Return `weight`, which must have uniform grids; TargetError where it has binary codes."""
+    if not isinstance(weight, AffineWeight):
+        raise TargetError(
+            layout.name,
+            expected="a uniform grid",
+            found="binary codes",
+            action="Use export.format=optgptq for them.",
+        )
+    return weight
+
+
+def require_binary(layout: LinearLayout, weight: QuantizedWeight) -> BinaryWeight:
+    """Return `weight`, which must have binary codes; TargetError where it has uniform grids."""
+    if not isinstance(weight, BinaryWeight):
+        raise TargetError(
+            layout.name,
+            expected="binary codes",
+            found="a uniform grid",
+            action="Use another export.format, or a method that makes binary codes.",
+        )
+    return weight
+
+
+def affine_stored_bits(layout: LinearLayout, tensors: Sequence[TensorInfo], *, symmetric_zero_points: bool) -> int:
+    """Return the bits of codes, scales and stored zero points, without the padding of words."""
+    # Scales are the only floating-point tensors of such a linear, whatever the format calls them.
+    scales = [tensor for tensor in tensors if tensor.torch_dtype.is_floating_point]
+    bits = require_bits(layout)
+    stored = layout.out_features * layout.in_features * bits + sum(tensor.num_bytes * 8 for tensor in scales)
+    if symmetric_zero_points or not layout.symmetric:
+        stored += bits * sum(math.prod(tensor.shape) for tensor in scales)
+    return stored
 
 
 def exact_scales(scale_OG: torch.Tensor, dtype: torch.dtype, *, where: str) -> torch.Tensor:

@@ -139,12 +139,13 @@ def _verify_quantized(
 ) -> None:
     def essence(record: LinearLayout) -> tuple[object, ...]:
         group_size = columns_per_group(record)
-        return (record.out_features, record.in_features, record.bits, group_size, record.symmetric)
+        grid = record.coefficients or record.symmetric
+        return (record.out_features, record.in_features, record.bits, group_size, grid)
 
     if found is None or essence(found) != essence(layout):
         raise _differs(
             f"{folder.path}, linear {layout.name}",
-            f"rows, columns, bits, group size, symmetric {essence(layout)}",
+            f"rows, columns, bits, group size, symmetric or coefficients {essence(layout)}",
             str(essence(found)) if found else "not quantized",
         )
     decoded = weight_digest(form.decode(folder, layout))
@@ -174,9 +175,8 @@ def _check_quantized(
     except OptGPTQError as error:
         yield Problem(error.where, error.expected, error.found)
         return
-    bad = int((~torch.isfinite(weight.scale_OG)).sum())
-    if bad:
-        yield Problem(f"{where}, scales", "finite values", f"{bad} that are NaN or infinite")
+    for part, expected, found in weight.problems():
+        yield Problem(f"{where}, {part}", expected, found)
 
 
 def _check_dense(folder: CheckpointFolder, name: str) -> Iterator[Problem]:

@@ -1,30 +1,38 @@
 """One signature per operation; which implementation runs is a function of device and dtype, decided once per model.
 
-A caller chooses with `choose_affine_matmul(...)`, logs the choice's `reason`, and passes `choice.call` on; there is no
-global switch, so a test overrides the kernel by passing another callable.
+A caller chooses with `choose_affine_matmul(...)` or `choose_binary_matmul(...)`, logs the choice's `reason`, and passes
+`choice.call` on; there is no global switch, so a test overrides the kernel by passing another callable.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from importlib.util import find_spec
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from optgptq.affine_weight import AffineWeight
+from optgptq.kernels.binary import binary_matmul
+from optgptq.kernels.packed_binary import PackedBinary
 from optgptq.kernels.reference import affine_matmul
 
+Weight = TypeVar("Weight")
+WeightTaken = TypeVar("WeightTaken", contravariant=True)
 
-class AffineMatmul(Protocol):
-    """`x [..., I]` times an affine weight `[O, I]`, plus a bias `[O]`, gives `[..., O]` in the dtype of `x`."""
 
-    def __call__(
-        self, x: torch.Tensor, weight: AffineWeight, *, bias_O: torch.Tensor | None = None
-    ) -> torch.Tensor: ...
+class Matmul(Protocol[WeightTaken]):
+    """`x [..., I]` times a quantized weight `[O, I]`, plus a bias `[O]`, gives `[..., O]` in the dtype of `x`."""
+
+    def __call__(self, x: torch.Tensor, weight: WeightTaken, *, bias_O: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+AffineMatmul = Matmul[AffineWeight]
+BinaryMatmul = Matmul[PackedBinary]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KernelChoice:
+class KernelChoice(Generic[Weight]):
     """An implementation and why it was taken.
 
     Attributes:
@@ -32,20 +40,55 @@ class KernelChoice:
         name: which implementation.
         reason: one sentence for the log and for `optgptq doctor`.
         call: the implementation.
+        is_makeshift: there is a faster one for the device, which cannot run here; worth a warning.
     """
 
     operation: str
     name: str
     reason: str
-    call: AffineMatmul
+    call: Matmul[Weight]
+    is_makeshift: bool = False
 
 
-def choose_affine_matmul(device: torch.device, dtype: torch.dtype) -> KernelChoice:
+def choose_affine_matmul(device: torch.device, dtype: torch.dtype) -> KernelChoice[AffineWeight]:
     """Return the kernel that multiplies with affine weights on `device` in `dtype`; plain torch runs anywhere."""
-    dtype_name = str(dtype).removeprefix("torch.")
     return KernelChoice(
         operation="affine_matmul",
         name="reference",
-        reason=f"plain torch (dequantize, then matmul) on {device.type} in {dtype_name}: the only kernel there is",
+        reason=f"plain torch (dequantize, then matmul) on {_place(device, dtype)}: the only kernel there is",
         call=affine_matmul,
     )
+
+
+def choose_binary_matmul(device: torch.device, dtype: torch.dtype) -> KernelChoice[PackedBinary]:
+    """Return the kernel that multiplies with sign planes on `device` in `dtype`.
+
+    That of triton runs on CUDA and HIP devices, both of which torch calls `cuda`; triton is imported here, if at all.
+    """
+    plain = f"plain torch (unpack a few rows, then matmul) on {_place(device, dtype)}"
+    if device.type != "cuda":
+        return _plain_binary_matmul(f"{plain}: the only kernel for this device", is_makeshift=False)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return _plain_binary_matmul(f"{plain}: the triton kernel takes float16 and bfloat16", is_makeshift=True)
+    if find_spec("triton") is None:
+        lost = "triton, which makes it many times as fast, is not installed: `pip install optgptq[triton]`"
+        return _plain_binary_matmul(f"{plain}: {lost}", is_makeshift=True)
+    from optgptq.kernels import triton_binary
+
+    return KernelChoice(
+        operation="binary_matmul",
+        name="triton",
+        reason=f"sign planes on the matrix units of {_place(device, dtype)}; unpacked once per call from "
+        f"{triton_binary.DENSE_FROM_TOKENS} tokens on",
+        call=triton_binary.binary_matmul,
+    )
+
+
+def _plain_binary_matmul(reason: str, *, is_makeshift: bool) -> KernelChoice[PackedBinary]:
+    return KernelChoice(
+        operation="binary_matmul", name="torch", reason=reason, call=binary_matmul, is_makeshift=is_makeshift
+    )
+
+
+def _place(device: torch.device, dtype: torch.dtype) -> str:
+    return f"{device.type} in {str(dtype).removeprefix('torch.')}"

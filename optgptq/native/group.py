@@ -21,8 +21,8 @@ _NUMBERS = ("max_code", "smallest_zero_point", "symmetric_zero_point", "half_ste
 _MAX_COUNT = 8
 
 
-class _Call(ctypes.Structure):
-    """`GroupCall` of `source/group.hpp`, field by field."""
+class GroupCall(ctypes.Structure):
+    """The record of that name in `source/group.hpp`, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (*_POINTERS, "grid_of_column", *_RESULTS)),
@@ -109,7 +109,7 @@ def walk_searched(
     weight_LO, pending_LO, upper_LL = map(_rows, (weight_LO, pending_LO, upper_LL))
     scale_O, zero_point_O = weight_LO.new_empty(2, weight_LO.shape[1]).unbind()
     call = _new_call(weight_LO, half_step=half_step)
-    kept = _set_scan(call, scan)
+    kept = set_scan(call, scan)
     call.scale, call.zero_point = scale_O.data_ptr(), zero_point_O.data_ptr()
     walked = _walk(path, call, weight_LO, pending_LO, upper_LL)
     del kept
@@ -145,7 +145,7 @@ def search_grids(path: str, columns_LO: torch.Tensor, scan: GridScan) -> tuple[t
     columns_LO = _rows(columns_LO)
     scale_KO, zero_point_KO = columns_LO.new_empty(2, scan.count, columns_LO.shape[1]).unbind()
     call = _new_call(columns_LO, half_step=0.5)
-    kept = _set_scan(call, scan)
+    kept = set_scan(call, scan)
     call.scale, call.zero_point = scale_KO.data_ptr(), zero_point_KO.data_ptr()
     _run(path, call, columns_LO)
     del kept
@@ -157,14 +157,14 @@ def _rows(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def _new_call(weight_LO: torch.Tensor, *, half_step: float) -> _Call:
-    call = _Call(half_step=half_step)
+def _new_call(weight_LO: torch.Tensor, *, half_step: float) -> GroupCall:
+    call = GroupCall(half_step=half_step)
     call.weight, call.weight_stride = weight_LO.data_ptr(), weight_LO.stride(0)
     call.num_columns, call.num_rows = weight_LO.shape
     return call
 
 
-def _set_scan(call: _Call, scan: GridScan) -> tuple[torch.Tensor, ...]:
+def set_scan(call: GroupCall, scan: GridScan) -> tuple[torch.Tensor, ...]:
     """Write the scan into the call; the returned tensors hold what it points to."""
     assert scan.count <= _MAX_COUNT
     assert scan.price_L.shape[0] == call.num_columns
@@ -177,7 +177,7 @@ def _set_scan(call: _Call, scan: GridScan) -> tuple[torch.Tensor, ...]:
 
 
 def _walk(
-    path: str, call: _Call, weight_LO: torch.Tensor, pending_LO: torch.Tensor, upper_LL: torch.Tensor
+    path: str, call: GroupCall, weight_LO: torch.Tensor, pending_LO: torch.Tensor, upper_LL: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     assert weight_LO.dtype == pending_LO.dtype == upper_LL.dtype
     assert pending_LO.shape == weight_LO.shape
@@ -192,7 +192,7 @@ def _walk(
     return {"error_LO": error_LO, "weighted_LO": weighted_LO, "codes_LO": codes_LO, "clipped_O": clipped_O}
 
 
-def _run(path: str, call: _Call, weight_LO: torch.Tensor) -> None:
+def _run(path: str, call: GroupCall, weight_LO: torch.Tensor) -> None:
     library = load_library()
     assert isinstance(library, Library)
     threads = torch.get_num_threads()

@@ -53,6 +53,8 @@ def load_library(folder: Path = _FOLDER) -> Library | None:
     except OSError:
         return None
     shared.optgptq_round_group.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    shared.optgptq_round_panel.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    shared.optgptq_sweep_rows.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
     shared.optgptq_refine_rows.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     factors = (pointer, integer, integer) * 2

@@ -23,7 +23,8 @@ from pydantic_core import PydanticCustomError
 
 LONGEST_PATTERN = 1000
 
-Method = Literal["rtn", "gptq", "attention_aware"]
+Method = Literal["rtn", "gptq", "attention_aware", "gptqt", "binary", "attention_aware_binary"]
+BINARY_METHODS: frozenset[Method] = frozenset(("gptqt", "binary", "attention_aware_binary"))
 Bits = Literal[2, 3, 4, 8]
 ColumnOrder = Literal["natural", "activation", "group_aware", "min_pivot"]
 GridSearch = Literal["minmax", "mse", "hessian", "pivot", "walk"]
@@ -35,7 +36,9 @@ RowOrder = Literal["natural", "activation"]
 Rotation = Literal["none", "hadamard", "random"]
 BosPolicy = Literal["none", "window", "document"]
 WindowLayout = Literal["packed", "documents"]
-FormatName = Literal["gptq", "gptq_v2", "compressed-tensors"]
+CodeWeighting = Literal["none", "diagonal", "pivot"]
+CoefficientStorage = Literal["float", "int8", "steps"]
+FormatName = Literal["gptq", "gptq_v2", "compressed-tensors", "optgptq"]
 
 
 def impossible(field: str, *, expected: str, found: str, action: str) -> PydanticCustomError:
@@ -104,7 +107,8 @@ class WeightRecipe(Section):
     method: Method = Field(
         default="gptq",
         description="rtn rounds to nearest; gptq compensates each column's error in the next; attention_aware also "
-        "sees what attention makes of queries, keys and values (section attention)",
+        "sees what attention makes of queries, keys and values (section attention); binary and attention_aware_binary "
+        "do the same with sums of signs in place of uniform grids (section binary); gptqt is binary as published",
     )
     bits: Bits = Field(default=4, description="bits per code")
     group_size: GroupSize = Field(default=128, description="columns that share a scale; -1 for one scale per row")
@@ -177,6 +181,30 @@ class AttentionRecipe(Section):
     )
     value_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
         default=0.25, description="share of the positions that count in the moments of values"
+    )
+
+
+class BinaryRecipe(Section):
+    """How binary codes are found by the methods that make them; other methods leave it unused."""
+
+    intermediate_bits: Annotated[int, Field(strict=True, ge=3, le=6)] | None = Field(
+        default=None, description="width of the whole numbers among which levels are searched; null: 2 more, at most 5"
+    )
+    weighting: CodeWeighting = Field(
+        default="pivot",
+        description="price of an error in that search: none, the moment's diagonal, or pivot, what it costs in the end",
+    )
+    uniform_start: StrictBool = Field(default=True, description="the cheapest uniform grid is tried as well")
+    refits: int = Field(
+        default=3, strict=True, ge=0, le=100, description="fits of a group's coefficients, each with a new walk"
+    )
+    sweeps: int = Field(
+        default=3, strict=True, ge=0, le=100, description="rounds of fitting all coefficients and improving all codes"
+    )
+    coefficients: CoefficientStorage = Field(
+        default="int8",
+        description="how coefficients are stored: float (float16), int8 with a scale of the row, or steps: one shape "
+        "for a row, a scale and an offset for each group",
     )
 
 
@@ -293,6 +321,7 @@ class Recipe(Section):
     description: StrictStr = Field(default="", description="one line for people")
     weights: WeightRecipe = Field(default=WeightRecipe(), description="how weights are quantized")
     attention: AttentionRecipe = Field(default=AttentionRecipe(), description="what attention_aware sees")
+    binary: BinaryRecipe = Field(default=BinaryRecipe(), description="how binary codes are found")
     transform: TransformRecipe = Field(default=TransformRecipe(), description="changes before quantization")
     norm_tweaking: NormTweakingRecipe = Field(default=NormTweakingRecipe(), description="training of norm weights")
     calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="which text is read")
@@ -326,6 +355,41 @@ class Recipe(Section):
                 action="Set weights.method=gptq, weights.shift_strength=0.25, weights.scale_refit=false and "
                 "weights.code_sweeps=0, or weights.target_shift=exact.",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_binary(self) -> Self:
+        weights = self.weights
+        rules = [("", weights.method, weights.bits)]
+        rules += [
+            (f"rules.{index}.", rule.method or weights.method, rule.bits or weights.bits)
+            for index, rule in enumerate(weights.rules)
+        ]
+        for place, method, bits in rules:
+            if method not in BINARY_METHODS:
+                continue
+            intermediate = self.binary.intermediate_bits
+            if bits > 4 or (intermediate is not None and intermediate <= bits):
+                raise impossible(
+                    f"weights.{place}bits",
+                    expected="2, 3 or 4, and fewer than binary.intermediate_bits, where codes are sums of signs",
+                    found=f"{bits} with method {method} and intermediate_bits {intermediate}",
+                    action="Choose fewer bits or another method, or leave binary.intermediate_bits out.",
+                )
+            if weights.scale_refit or weights.code_sweeps:
+                raise impossible(
+                    "weights.scale_refit" if weights.scale_refit else "weights.code_sweeps",
+                    expected="nothing where codes are sums of signs, which are refined by binary.sweeps",
+                    found=f"it beside method {method}",
+                    action="Set weights.scale_refit=false and weights.code_sweeps=0, and choose binary.sweeps.",
+                )
+            if weights.group_grids == "static":
+                raise impossible(
+                    "weights.group_grids",
+                    expected="dynamic where codes are sums of signs",
+                    found=f"static with method {method}",
+                    action="Set weights.group_grids=dynamic.",
+                )
         return self
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import optgptq
 from optgptq.environment import read_environment
-from optgptq.kernels import choose_affine_matmul
+from optgptq.kernels import KernelChoice, choose_affine_matmul, choose_binary_matmul
 from optgptq.native.library import load_library
 from optgptq.reports.memory import available_memory_bytes, total_memory_bytes
 
@@ -25,6 +27,7 @@ _PACKAGES = (
     "datasets",
     "huggingface-hub",
     "numpy",
+    "triton",
     "pydantic",
     "compressed-tensors",
 )
@@ -74,6 +77,11 @@ def examine(folder: Path) -> DoctorReport:
     """Return the report; `folder` is where free disk space is looked up."""
     devices = _devices()
     kinds = {name.split(":")[0]: name for name in reversed(devices)}
+    products = [
+        _kernel_line(name, choose)
+        for choose in (choose_affine_matmul, choose_binary_matmul)
+        for name in reversed(kinds.values())
+    ]
     return DoctorReport(
         versions=_versions(),
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
@@ -84,7 +92,7 @@ def examine(folder: Path) -> DoctorReport:
         free_disk_bytes=shutil.disk_usage(folder).free,
         disk_folder=str(folder),
         devices=devices,
-        kernels=(*(_kernel_line(name) for name in reversed(kinds.values())), _solver_line(), _moment_line()),
+        kernels=(*products, _solver_line(), _moment_line()),
         offline=read_environment().offline,
     )
 
@@ -114,8 +122,10 @@ def _devices() -> dict[str, str]:
     return devices
 
 
-def _kernel_line(device: str) -> KernelLine:
-    choice = choose_affine_matmul(torch.device(device), torch.float32)
+def _kernel_line(device: str, choose: Callable[[torch.device, torch.dtype], KernelChoice[Any]]) -> KernelLine:
+    place = torch.device(device)
+    # Models run in a 16-bit type on a GPU, and mostly in float32 on a processor.
+    choice = choose(place, torch.float32 if place.type == "cpu" else torch.float16)
     return KernelLine(operation=choice.operation, device=device, name=choice.name, reason=choice.reason)
 
 

@@ -23,7 +23,8 @@ class LayerReport:
         bits: bits per code.
         group_size: columns per group, -1 for one group per row.
         symmetric: whether the zero points are all in the middle, by the configuration.
-        bits_per_weight: codes, scales and stored zero points.
+        coefficients: how the coefficients of binary codes are stored; None where the grid is uniform.
+        bits_per_weight: codes and everything that is stored beside them to decode them.
         loss: relative loss when it was solved.
         rtn_loss: relative loss of rounding to nearest.
         damp_ratio_used: damping with which it was solved.
@@ -36,6 +37,7 @@ class LayerReport:
     bits: int
     group_size: int
     symmetric: bool
+    coefficients: str | None
     bits_per_weight: float
     loss: float | None
     rtn_loss: float | None
@@ -93,7 +95,7 @@ def inspect_checkpoint(folder: CheckpointFolder) -> InspectReport:
         if layout.bits is None or form is None:
             continue
         tensors = _own_tensors(folder, form, layout)
-        layer_bits = _stored_bits(form, layout, tensors)
+        layer_bits = form.stored_bits(layout, tensors)
         stored_bits += layer_bits
         quantized_bytes += sum(tensor.num_bytes for tensor in tensors)
         layers.append(_layer(layout, layout.bits, layer_bits, solved.get(layout.name, {})))
@@ -126,18 +128,6 @@ def _own_tensors(folder: CheckpointFolder, form: CheckpointFormat, layout: Linea
     return [folder.tensors[name] for name in names if name in folder.tensors]
 
 
-def _stored_bits(form: CheckpointFormat, layout: LinearLayout, tensors: list[TensorInfo]) -> int:
-    """Return the bits of codes, scales and stored zero points, without the padding of words."""
-    assert layout.bits is not None
-    # Scales are the only floating-point tensors of a quantized linear, whatever the format calls them.
-    scales = [tensor for tensor in tensors if tensor.torch_dtype.is_floating_point]
-    bits = layout.out_features * layout.in_features * layout.bits + sum(tensor.num_bytes * 8 for tensor in scales)
-    if form.stores_symmetric_zero_points or not layout.symmetric:
-        num_scales = sum(tensor.num_bytes // tensor.torch_dtype.itemsize for tensor in scales)
-        bits += num_scales * layout.bits
-    return bits
-
-
 def _layer(layout: LinearLayout, bits: int, stored_bits: int, solved: Mapping[str, Any]) -> LayerReport:
     return LayerReport(
         name=layout.name,
@@ -146,6 +136,7 @@ def _layer(layout: LinearLayout, bits: int, stored_bits: int, solved: Mapping[st
         bits=bits,
         group_size=layout.group_size,
         symmetric=layout.symmetric,
+        coefficients=layout.coefficients,
         bits_per_weight=stored_bits / (layout.out_features * layout.in_features),
         loss=_number(solved.get("loss")),
         rtn_loss=_number(solved.get("rtn_loss")),

@@ -1,28 +1,81 @@
-"""A linear whose weight stays quantized in memory and is multiplied by a kernel."""
+"""Linears whose weight stays quantized in memory and is multiplied by a kernel.
+
+Shapes: `O` output rows, `I` input columns, `G` groups along `I`, `P` planes, `W` 32-bit words.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from optgptq.affine_weight import AffineWeight
-from optgptq.kernels import AffineMatmul
+from optgptq.binary_weight import BinaryWeight
+from optgptq.kernels import KernelChoice, Matmul, choose_affine_matmul, choose_binary_matmul
+from optgptq.kernels.packed_binary import PackedBinary, arrange_codes
+from optgptq.packing.planes import pack_planes
+
+Weight = TypeVar("Weight")
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class QuantLinear:
+class QuantLinear(Generic[Weight]):
     """`x @ weight.T + bias`, callable in place of `optgptq.models.linear.Linear`.
 
     Attributes:
-        weight: codes, scales and zero points.
+        weight: as the kernel takes it.
         bias_O: `[O]` or None.
-        kernel: what multiplies, chosen once per model with `optgptq.kernels.choose_affine_matmul`.
+        kernel: what multiplies, chosen once per model.
     """
 
-    weight: AffineWeight
+    weight: Weight
     bias_O: torch.Tensor | None
-    kernel: AffineMatmul
+    kernel: Matmul[Weight]
 
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
         return self.kernel(x, self.weight, bias_O=self.bias_O)
+
+
+def pack_binary(weight: BinaryWeight) -> PackedBinary:
+    """Return the weight with one bit for each plane and weight, on its device, for kernels.
+
+    Raises:
+        FormatError: the border of two groups is inside a word of 32 columns.
+    """
+    alpha_OGP, offset_OG = weight.coefficients.values()
+    narrow = all(torch.equal(values.to(torch.float16).to(torch.float32), values) for values in (alpha_OGP, offset_OG))
+    dtype = torch.float16 if narrow else torch.float32
+    order_I = weight.column_order_I
+    return PackedBinary(
+        planes_WPO=pack_planes(arrange_codes(weight.codes_OI, weight.group_size), weight.bits),
+        alpha_GPO=alpha_OGP.permute(1, 2, 0).to(dtype).contiguous(),
+        offset_GO=offset_OG.t().to(dtype).contiguous(),
+        in_features=weight.in_features,
+        group_size=weight.group_size,
+        column_order_I=None if order_I is None else order_I.long(),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldKind:
+    """How a kind of weight is held and multiplied.
+
+    Attributes:
+        hold: turns the decoded weight into what the kernel takes.
+        choose: returns the kernel for a device and a dtype.
+    """
+
+    hold: Callable[[Any], Any]
+    choose: Callable[[torch.device, torch.dtype], KernelChoice[Any]]
+
+
+# A new kind of weight is one line here.
+HELD_KINDS: Mapping[type, HeldKind] = MappingProxyType(
+    {
+        AffineWeight: HeldKind(hold=lambda weight: weight, choose=choose_affine_matmul),
+        BinaryWeight: HeldKind(hold=pack_binary, choose=choose_binary_matmul),
+    }
+)

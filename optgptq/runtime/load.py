@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from optgptq.affine_weight import AffineWeight
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import FormatError
 from optgptq.formats import CheckpointFormat, detect
-from optgptq.kernels import AffineMatmul, choose_affine_matmul
+from optgptq.kernels import Matmul
 from optgptq.layout import LinearLayout
 from optgptq.models.checks import read_weight
 from optgptq.models.decoder import Decoder, load_decoder
 from optgptq.models.inventory import LinearInfo, model_linears
 from optgptq.models.linear import Linear, LinearLike
 from optgptq.models.registry import model_spec
-from optgptq.runtime.linear import QuantLinear
+from optgptq.quantized_weight import QuantizedWeight
+from optgptq.runtime.linear import HELD_KINDS, QuantLinear
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +33,16 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     weights: HeldWeights = "dense",
-    kernel: AffineMatmul | None = None,
+    kernel: Matmul[Any] | None = None,
 ) -> Decoder:
-    """Read a dense, GPTQ or compressed-tensors checkpoint.
+    """Read a checkpoint, dense or in any of the formats that can be read.
 
     Args:
         path: the folder.
         dtype: dtype of activations and dense weights.
         device: where everything is put.
         weights: `dense` decodes quantized linears once, which is the fastest for long inputs; `quantized` keeps codes
-            in memory and multiplies with a kernel. Dense checkpoints are the same in both.
+            or sign planes in memory and multiplies with a kernel. Dense checkpoints are the same in both.
         kernel: takes the place of the kernel that would be chosen; for tests.
 
     Raises:
@@ -54,10 +55,7 @@ def load_model(
     layouts = {layout.name: layout for layout in form.read_layouts(folder) if layout.bits is not None}
     linears = {linear.name: linear for linear in model_linears(model_spec(folder))}
     _require_known(folder, layouts, linears)
-    if weights == "quantized" and kernel is None:
-        choice = choose_affine_matmul(torch.device(device), dtype)
-        logger.info("%s kernel for quantized linears: %s", choice.name, choice.reason)
-        kernel = choice.call
+    kernels = _Kernels(device=torch.device(device), dtype=dtype, replacement=kernel)
 
     def supply(name: str) -> LinearLike | None:
         if name not in layouts:
@@ -66,10 +64,30 @@ def load_model(
         bias_O = _read_bias(folder, linears[name], dtype=dtype, device=device)
         if weights == "dense":
             return Linear(weight.dequantize(dtype).to(device), bias_O)
-        assert kernel is not None
-        return QuantLinear(weight=weight.to(device), bias_O=bias_O, kernel=kernel)
+        held = HELD_KINDS[type(weight)].hold(weight)
+        return QuantLinear(weight=held.to(device), bias_O=bias_O, kernel=kernels.of(type(weight)))
 
     return load_decoder(folder, dtype=dtype, device=device, supply_linear=supply, supplied=tuple(layouts))
+
+
+@dataclass(slots=True, kw_only=True)
+class _Kernels:
+    """The kernel of each kind of weight in a model, chosen and logged when the first weight of that kind appears."""
+
+    device: torch.device
+    dtype: torch.dtype
+    replacement: Matmul[Any] | None
+    chosen: dict[type, Matmul[Any]] = field(default_factory=dict)
+
+    def of(self, kind: type) -> Matmul[Any]:
+        if self.replacement is not None:
+            return self.replacement
+        if kind not in self.chosen:
+            choice = HELD_KINDS[kind].choose(self.device, self.dtype)
+            level = logging.WARNING if choice.is_makeshift else logging.INFO
+            logger.log(level, "%s kernel for quantized linears: %s", choice.name, choice.reason)
+            self.chosen[kind] = choice.call
+        return self.chosen[kind]
 
 
 def _require_known(folder: CheckpointFolder, layouts: dict[str, LinearLayout], linears: dict[str, LinearInfo]) -> None:
@@ -83,7 +101,9 @@ def _require_known(folder: CheckpointFolder, layouts: dict[str, LinearLayout], l
         )
 
 
-def _decode(folder: CheckpointFolder, form: CheckpointFormat, layout: LinearLayout, linear: LinearInfo) -> AffineWeight:
+def _decode(
+    folder: CheckpointFolder, form: CheckpointFormat, layout: LinearLayout, linear: LinearInfo
+) -> QuantizedWeight:
     weight = form.decode(folder, layout)
     where = f"{folder.path}: {layout.name}"
     if (weight.out_features, weight.in_features) != (linear.out_features, linear.in_features):
@@ -93,11 +113,13 @@ def _decode(folder: CheckpointFolder, form: CheckpointFormat, layout: LinearLayo
             found=f"{[weight.out_features, weight.in_features]}",
             action="Check that the weights belong to config.json.",
         )
-    bad = int((~torch.isfinite(weight.scale_OG)).sum())
+    # Codes and orders are whole numbers; what is left are scales or coefficients.
+    numbers = [part for part in weight.digest_parts() if part.is_floating_point()]
+    bad = sum(int((~torch.isfinite(part)).sum()) for part in numbers)
     if bad:
         raise FormatError(
-            f"{where}, scales",
-            expected="finite values",
+            where,
+            expected="finite scales or coefficients",
             found=f"{bad} that are NaN or infinite",
             action="Quantize the model again; `optgptq verify` lists all problems of a checkpoint.",
         )

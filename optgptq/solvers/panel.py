@@ -1,6 +1,7 @@
 """Some columns of all heads, rounded row after row: each row receives the errors of the rows of its head before it.
 
-What the rows hand to each other is explained in `optgptq.solvers.two_sided`.
+What the rows hand to each other is explained in `optgptq.solvers.two_sided`. On processors rows on known grids, and
+rows on grids of their own, are one call of compiled code, in whatever order was asked for: the codes are the same.
 
 Shapes: `L` columns, `D` rows of a head in the walk's order, `N` heads, `B` some rows of each head, `G` grids.
 Arithmetic is in the dtype of the weight.
@@ -15,9 +16,20 @@ import torch
 
 from optgptq.grids.search import scan_steps
 from optgptq.grids.settings import GridSettings
+from optgptq.native.group import path_for
+from optgptq.native.panel import PanelRows, path_for_heads, round_panel_given, round_panel_searched
 from optgptq.solvers.coupled_losses import gram
 from optgptq.solvers.problem import SolverSettings
-from optgptq.solvers.rounding import RoundedColumns, RoundedGroup, count_clipped, round_group, round_on_grids
+from optgptq.solvers.rounding import (
+    HALF_STEP,
+    RoundedColumns,
+    RoundedGroup,
+    count_clipped,
+    grid_scan,
+    num_walked,
+    round_group,
+    round_on_grids,
+)
 from optgptq.solvers.walk import ColumnGrids
 from optgptq.solvers.wavefront import CoupledRows, round_wavefront
 
@@ -50,13 +62,24 @@ class PanelGrids:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class PanelResults:
+    """What a panel writes.
+
+    Attributes:
+        error_LDN: `X`, the weight minus its level, in the dtype of the weight.
+        codes_LDN: uint8.
+    """
+
+    error_LDN: torch.Tensor
+    codes_LDN: torch.Tensor
+
+
 class Panel:
     """Columns on their way through the walk.
 
     Attributes:
-        errors: `X`, the weight minus its level, `[L, B, N]` of the rows that were rounded so far, in their order.
-        codes: uint8, in the same pieces.
-        clipped: int64 `[B, N]`, weights more than half a step from their level when they were rounded.
+        clipped_DN: int64, weights more than half a step from their level when they were rounded.
     """
 
     def __init__(
@@ -66,6 +89,7 @@ class Panel:
         upper_LL: torch.Tensor,
         output_NDD: torch.Tensor,
         grids: PanelGrids,
+        results: PanelResults,
         settings: SolverSettings,
     ) -> None:
         num_columns, head_size, num_heads = weight_LDN.shape
@@ -75,15 +99,15 @@ class Panel:
         self.output_NDD = output_NDD
         self.inverse_DN1 = output_NDD.diagonal(dim1=1, dim2=2).T.reciprocal()[:, :, None]
         self.grids = grids
+        self.results = results
         self.settings = settings
         self.steps = scan_steps(grids.grid, weight_LDN.dtype)
         self.row_block = head_size if settings.row_block == -1 else settings.row_block
-        self.errors: list[torch.Tensor] = []
-        self.codes: list[torch.Tensor] = []
-        self.clipped: list[torch.Tensor] = []
+        self.clipped_DN = torch.empty(head_size, num_heads, dtype=torch.int64, device=weight_LDN.device)
         # `A`, and the sums `R` over the rows that were handed on so far.
         self.own_NDL = weight_LDN.new_empty(num_heads, head_size, num_columns)
         self.earlier_NDL = torch.zeros_like(self.own_NDL)
+        self.path = self._path()
 
     def round(self) -> None:
         """Round all rows."""
@@ -99,9 +123,11 @@ class Panel:
         if not has_grids and 1 < num_rows <= self.row_block:
             self._find_grids(begin, end)
             has_grids = True
-        step = self._rows_at_once() if has_grids else self.row_block
+        step = self._rows_at_once(has_grids=has_grids)
         if num_rows <= step:
-            if has_grids and self.settings.row_mode == "wavefront":
+            if self.path is not None:
+                self._round_native(self.path, begin, end, has_grids=has_grids)
+            elif has_grids and self.settings.row_mode == "wavefront":
                 self._round_wavefront(begin, end)
             else:
                 self._round_row(begin, has_grids=has_grids)
@@ -113,8 +139,45 @@ class Panel:
         )
         self._walk(middle, end, has_grids=has_grids)
 
-    def _rows_at_once(self) -> int:
+    def _rows_at_once(self, *, has_grids: bool) -> int:
+        if self.path is not None and (has_grids or self.row_block == 1):
+            return self.weight_LDN.shape[1]
+        if not has_grids:
+            return self.row_block
         return _WAVE_ROWS if self.settings.row_mode == "wavefront" else 1
+
+    def _path(self) -> str | None:
+        """Return the compiled path that rounds the rows, or None: torch does."""
+        backend = self.settings.backend
+        path = path_for(backend, self.weight_LDN, self.pending_LDN, self.upper_LL, self.output_NDD)
+        if path is None or self.grids.grid.search == "hessian":
+            return None
+        return path_for_heads(path, self.weight_LDN) if backend == "auto" else path
+
+    def _round_native(self, path: str, begin: int, end: int, *, has_grids: bool) -> None:
+        """Round rows one after the other in one call; without grids, each on those that its columns ask for."""
+        part, grids = slice(begin, end), self.grids
+        own_LDN = torch.empty_like(self.results.error_LDN)
+        rows = PanelRows(
+            weight_LBN=self.weight_LDN[:, part],
+            pending_LBN=self.pending_LDN[:, part],
+            upper_LL=self.upper_LL,
+            output_BBN=self.output_NDD[:, part, part].permute(1, 2, 0).contiguous(),
+            earlier_LBN=self.earlier_NDL[:, part].permute(2, 1, 0).contiguous() if begin else None,
+            error_LBN=self.results.error_LDN[:, part],
+            own_LBN=own_LDN[:, part],
+            codes_LBN=self.results.codes_LDN[:, part],
+            clipped_BN=self.clipped_DN[part],
+            scale_GBN=grids.scale_GDN[:, part],
+            zero_point_GBN=grids.zero_point_GDN[:, part],
+        )
+        if has_grids:
+            round_panel_given(path, rows, grids.grid_of_column, grids.grid.max_code, half_step=HALF_STEP)
+        else:
+            price_L = self.upper_LL.diagonal().square()
+            scan = grid_scan(price_L, grids.grid, num_walked(grids.grid), self.steps)
+            round_panel_searched(path, rows, scan, half_step=HALF_STEP)
+        self.own_NDL[:, part] = rows.own_LBN.permute(2, 1, 0)
 
     def _round_row(self, row: int, *, has_grids: bool) -> None:
         """Round one row of all heads; without grids, on those that its columns ask for as they stand."""
@@ -138,9 +201,9 @@ class Panel:
             )
             self.grids.scale_GDN[0, row] = rounded.scale_O
             self.grids.zero_point_GDN[0, row] = rounded.zero_point_O
-        self.errors.append(rounded.error_LO[:, None])
-        self.codes.append(rounded.codes_LO[:, None])
-        self.clipped.append(rounded.clipped_O[None])
+        self.results.error_LDN[:, row] = rounded.error_LO
+        self.results.codes_LDN[:, row] = rounded.codes_LO
+        self.clipped_DN[row] = rounded.clipped_O
         # What this row hands on are its own errors: without those that it received.
         torch.addcmul(rounded.weighted_LO.T, earlier_NL, inverse_N1, value=-1, out=self.own_NDL[:, row])
 
@@ -176,7 +239,7 @@ class Panel:
         codes_LR = level_LR.div_(scale_LR).round_().add_(zero_point_LR).to(torch.uint8)
         weighted_LBN = rounded.coupled_LBN * self.inverse_DN1[begin:end, :, 0]
         clipped_R = count_clipped(weighted_LBN.flatten(1), self.upper_LL, scale_LR)
-        self.errors.append(rounded.error_LBN)
-        self.codes.append(codes_LR.view_as(rounded.error_LBN))
-        self.clipped.append(clipped_R.view(end - begin, -1))
+        self.results.error_LDN[:, begin:end] = rounded.error_LBN
+        self.results.codes_LDN[:, begin:end] = codes_LR.view_as(rounded.error_LBN)
+        self.clipped_DN[begin:end] = clipped_R.view(end - begin, -1)
         self.own_NDL[:, begin:end] = rounded.own_LBN.permute(2, 1, 0)

@@ -6,14 +6,15 @@ Shapes: `O` output rows, `I` input columns, `G` groups along `I`, `N` heads, `D`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 
-from optgptq.affine_weight import AffineWeight
+from optgptq.grids.binary_settings import BinarySettings
 from optgptq.grids.settings import GridSettings
 from optgptq.native.library import Backend
+from optgptq.quantized_weight import QuantizedWeight
 
 ColumnOrder = Literal["natural", "activation", "group_aware", "min_pivot"]
 RowOrder = Literal["natural", "activation"]
@@ -76,6 +77,7 @@ class LayerProblem:
     grid: GridSettings
     settings: SolverSettings
     output_moment_NDD: torch.Tensor | None = None
+    binary: BinarySettings = field(default_factory=BinarySettings)
 
     @property
     def group_size(self) -> int:
@@ -121,7 +123,7 @@ class LayerSolution:
     """A quantized linear and the numbers that describe it.
 
     Attributes:
-        weight: codes, scales and zero points, in the model's own column order.
+        weight: codes and what they stand for, in the model's own column order.
         row_energy_O: float64 `[O]`, `w H w^T` of each row with the undamped moment `H`.
         row_loss_O: float64 `[O]`, `dw H dw^T` of each row of this solution.
         row_rtn_loss_O: the same for rounding the dense weight to nearest on the same grids.
@@ -134,7 +136,7 @@ class LayerSolution:
         notes: everything that a user must hear about, in plain sentences; empty when all went as asked.
     """
 
-    weight: AffineWeight
+    weight: QuantizedWeight
     row_energy_O: torch.Tensor
     row_loss_O: torch.Tensor
     row_rtn_loss_O: torch.Tensor

@@ -20,7 +20,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from optgptq.affine_weight import AffineWeight
+from optgptq.native.group import path_for
 from optgptq.solvers.lanes import Lanes, Plan, WalkColumns
+from optgptq.solvers.long_rows import LongRows
 from optgptq.solvers.problem import SolverSettings
 
 # Rows refined at once: bounds the memory.
@@ -62,19 +64,30 @@ def refine(
         ValueError: the columns of a group are scattered (`group_index_I`).
     """
     columns, plan = WalkColumns.of(moment_II.to(settings.dtype), weight), _plan(settings, rounds)
+    path = path_for(plan.backend, columns.moment_II)
     parts, losses = [], []
     for begin in range(0, weight.out_features, _ROWS):
-        old = _rows(weight, slice(begin, begin + _ROWS))
-        target_IR = columns.arranged(target_OI[begin : begin + _ROWS].to(settings.dtype))
-        lanes = columns.lanes(old, settings.dtype)
-        before_R = columns.losses(target_IR - lanes.levels(columns))
-        lanes.improve(target_IR, columns, plan)
-        after_R = columns.losses(target_IR - lanes.levels(columns))
-        # Also what is lower by less than the arithmetic can tell is no gain.
-        is_better_R = after_R < before_R
-        parts.append(columns.weight(lanes, old, is_better_R))
-        losses.append(torch.where(is_better_R, after_R, before_R))
+        old, target_RI = _rows(weight, slice(begin, begin + _ROWS)), target_OI[begin : begin + _ROWS].to(settings.dtype)
+        if path is None:
+            part, loss_R = _refine_lanes(target_RI, columns, old, plan)
+        else:
+            part, loss_R = LongRows(target_RI, columns, old).refined(path, plan)
+        parts.append(part)
+        losses.append(loss_R)
     return Refined(weight=_joined(parts, weight), row_loss_O=torch.cat(losses))
+
+
+def _refine_lanes(
+    target_RI: torch.Tensor, columns: WalkColumns, old: AffineWeight, plan: Plan
+) -> tuple[AffineWeight, torch.Tensor]:
+    """Return some rows refined, and float64 `[R]`, what they lose."""
+    target_IR, lanes = columns.arranged(target_RI), columns.lanes(old, target_RI.dtype)
+    before_R = columns.losses(target_IR - lanes.levels(columns))
+    lanes.improve(target_IR, columns, plan)
+    after_R = columns.losses(target_IR - lanes.levels(columns))
+    # Also what is lower by less than the arithmetic can tell is no gain.
+    is_better_R = after_R < before_R
+    return columns.weight(lanes, old, is_better_R), torch.where(is_better_R, after_R, before_R)
 
 
 def refine_two_sided(

@@ -19,7 +19,7 @@ from optgptq.solvers.refine import refine, refine_two_sided
 
 @dataclass(frozen=True, slots=True)
 class RefinedSolver:
-    """Runs `solver`, then refines its solution; the same contract as any solver.
+    """Runs `solver`, whose grids are uniform, then refines its solution; the same contract as any solver.
 
     A solution whose rows were coupled is refined under the output moment. Its losses by row, which leave that moment
     out, may rise for it.
@@ -32,6 +32,8 @@ class RefinedSolver:
         settings = problem.settings
         if not settings.scale_refit and not settings.code_sweeps:
             return solution
+        if not isinstance(solution.weight, AffineWeight):
+            raise TypeError(f"{problem.name}: only uniform grids are refined here")
         started = time.perf_counter()
         if solution.coupled is None:
             refined = refine(problem.weight_OI, problem.input_moment_II, solution.weight, settings)

@@ -21,7 +21,7 @@ from optgptq.solvers.walk import ColumnGrids, ColumnWalk
 # Grids of a group that are walked where the search asks for it; more gains little (docs/log.md).
 NUM_WALKED_GRIDS = 4
 # Half a step, and room for the rounding of float32 where a weight lies in the middle of two levels.
-_HALF_STEP = 0.5 * (1 + 1e-3)
+HALF_STEP = 0.5 * (1 + 1e-3)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -86,8 +86,8 @@ def round_group(
     count = num_walked(grid)
     path = path_for(backend, weight_LO, pending_LO, upper_LL)
     if path is not None and grid.search != "hessian":
-        scan = _grid_scan(upper_LL.diagonal().square(), grid, count, steps)
-        walked = walk_searched(path, weight_LO, pending_LO, upper_LL, scan, half_step=_HALF_STEP)
+        scan = grid_scan(upper_LL.diagonal().square(), grid, count, steps)
+        walked = walk_searched(path, weight_LO, pending_LO, upper_LL, scan, half_step=HALF_STEP)
         assert walked.scale_O is not None
         assert walked.zero_point_O is not None
         return _with_grids(walked, walked.scale_O, walked.zero_point_O)
@@ -120,7 +120,7 @@ def round_on_grids(
             pending_LO,
             upper_LL,
             GivenGrids(grids.scale_GR, grids.zero_point_GR, grids.grid_of_column, grids.max_code),
-            half_step=_HALF_STEP,
+            half_step=HALF_STEP,
         )
         return RoundedColumns(
             error_LO=walked.error_LO,
@@ -147,7 +147,7 @@ def find_group_grids(
     """Return scale and zero point `[O]`: the best grid of each row for columns that nothing compensates."""
     path = path_for(backend, columns_LO, price.diagonal_L)
     if path is not None and grid.search != "hessian":
-        scale_KO, zero_point_KO = search_grids(path, columns_LO, _grid_scan(price.diagonal_L, grid, 1))
+        scale_KO, zero_point_KO = search_grids(path, columns_LO, grid_scan(price.diagonal_L, grid, 1))
     else:
         scale_KO, zero_point_KO = find_grids(columns_LO, price, grid, count=1)
     return scale_KO[0], zero_point_KO[0]
@@ -163,7 +163,8 @@ def error_price(upper_LL: torch.Tensor) -> ErrorPrice:
     return ErrorPrice(upper_LL.diagonal().square(), upper_LL @ upper_LL.T)
 
 
-def _grid_scan(diagonal_L: torch.Tensor, grid: GridSettings, count: int, steps: ScanSteps | None = None) -> GridScan:
+def grid_scan(diagonal_L: torch.Tensor, grid: GridSettings, count: int, steps: ScanSteps | None = None) -> GridScan:
+    """Return what compiled code is told of the search for grids; `diagonal_L` is what errors in each column cost."""
     shares_K, factors_K = scan_steps(grid, diagonal_L.dtype) if steps is None else steps
     return GridScan(
         price_L=torch.ones_like(diagonal_L) if grid.search == "mse" else diagonal_L,
@@ -183,7 +184,7 @@ def count_clipped(weighted_LO: torch.Tensor, upper_LL: torch.Tensor, scale: torc
     `scale` is `[O]` or `[L, O]`.
     """
     distance_LO = weighted_LO / upper_LL.diagonal()[:, None]
-    return (distance_LO.abs_() > scale.abs() * _HALF_STEP).sum(dim=0)
+    return (distance_LO.abs_() > scale.abs() * HALF_STEP).sum(dim=0)
 
 
 def _cheapest_walk(

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import torch
 
-from optgptq.affine_weight import AffineWeight
 from optgptq.solvers.problem import LayerProblem, LayerSolution, Solver
 
 
@@ -46,16 +45,9 @@ def put_together(parts: Sequence[tuple[torch.Tensor, LayerSolution]]) -> LayerSo
     place_O = torch.cat([rows for rows, _ in parts]).argsort()
     solutions = [solution for _, solution in parts]
     first = solutions[0]
-    weight = AffineWeight(
-        codes_OI=torch.cat([solution.weight.codes_OI for solution in solutions])[place_O],
-        scale_OG=torch.cat([solution.weight.scale_OG for solution in solutions])[place_O],
-        zero_point_OG=torch.cat([solution.weight.zero_point_OG for solution in solutions])[place_O],
-        bits=first.weight.bits,
-        group_size=first.weight.group_size,
-        symmetric=first.weight.symmetric,
-    )
+    weights = [solution.weight for solution in solutions]
     return LayerSolution(
-        weight=weight,
+        weight=type(weights[0]).stacked(weights).select(place_O),
         row_energy_O=torch.cat([solution.row_energy_O for solution in solutions])[place_O],
         row_loss_O=torch.cat([solution.row_loss_O for solution in solutions])[place_O],
         row_rtn_loss_O=torch.cat([solution.row_rtn_loss_O for solution in solutions])[place_O],

@@ -29,7 +29,7 @@ from optgptq.solvers import gptq
 from optgptq.solvers.coupled_losses import factored_gram, row_shares, undamped_gram
 from optgptq.solvers.coupling import OutputFactors, factor_outputs
 from optgptq.solvers.factor import Factor, damping_notes, factor_problem
-from optgptq.solvers.panel import Panel, PanelGrids
+from optgptq.solvers.panel import Panel, PanelGrids, PanelResults
 from optgptq.solvers.problem import CoupledLosses, LayerProblem, LayerSolution
 from optgptq.solvers.rounding import error_price, find_group_grids
 
@@ -138,12 +138,11 @@ class _Heads:
             self.factor.upper_II[columns, columns],
             self.outputs.upper_NDD,
             grids,
+            PanelResults(error_LDN=self.error_IDN[columns], codes_LDN=self.codes_IDN[columns]),
             self.problem.settings,
         )
         panel.round()
-        torch.cat(panel.errors, dim=1, out=self.error_IDN[columns])
-        torch.cat(panel.codes, dim=1, out=self.codes_IDN[columns])
-        self.clipped_DN += torch.cat(panel.clipped)
+        self.clipped_DN += panel.clipped_DN
         self.damped_NDD += panel.gram()
 
     def _find_static_grids(self) -> None:

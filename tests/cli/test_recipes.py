@@ -5,28 +5,12 @@ from pathlib import Path
 
 import pytest
 import typer
+from support.shipped import SHIPPED
 from typer.testing import CliRunner
 
 from optgptq.errors import UsageError
 from optgptq.recipe import load_recipe, recipe_schema
 from optgptq_cli.recipes import recipes
-
-NAMES = [
-    "attention-aware-w2",
-    "attention-aware-w2-channel",
-    "attention-aware-w2-rotated",
-    "attention-aware-w3",
-    "attention-aware-w3-channel",
-    "attention-aware-w3-rotated",
-    "attention-aware-w4",
-    "attention-aware-w4-channel",
-    "attention-aware-w4-rotated",
-    "gptq-w2",
-    "gptq-w3",
-    "gptq-w4",
-    "gptq-w8",
-    "rtn-w4",
-]
 
 
 def run(*arguments: str) -> str:
@@ -39,10 +23,10 @@ def run(*arguments: str) -> str:
 
 def test_without_a_name_all_are_listed_with_their_description() -> None:
     lines = run().splitlines()
-    assert [line.split()[0] for line in lines] == NAMES
-    assert all(load_recipe(name).description in line for name, line in zip(NAMES, lines, strict=True))
-    assert run("--quiet").splitlines() == NAMES
-    assert [entry["name"] for entry in json.loads(run("--json"))["recipes"]] == NAMES
+    assert [line.split()[0] for line in lines] == list(SHIPPED)
+    assert all(load_recipe(name).description in line for name, line in zip(list(SHIPPED), lines, strict=True))
+    assert run("--quiet").splitlines() == list(SHIPPED)
+    assert [entry["name"] for entry in json.loads(run("--json"))["recipes"]] == list(SHIPPED)
 
 
 def test_a_shown_recipe_can_be_saved_and_used(tmp_path: Path) -> None:

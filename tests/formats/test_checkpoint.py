@@ -63,7 +63,7 @@ def test_transposed_weights_of_conv1d(tmp_path: Path) -> None:
     assert float((decoded.dequantize() - weight_IO.t()).abs().max()) < 0.5
 
 
-@pytest.mark.parametrize("format_name", list(FORMATS))
+@pytest.mark.parametrize("format_name", ["gptq", "gptq_v2", "compressed-tensors"])
 def test_everything_else_is_copied_byte_for_byte(tmp_path: Path, format_name: str) -> None:
     shutil.copytree(STORY_LLAMA, tmp_path / "source")
     (tmp_path / "source" / "sub").mkdir()

@@ -25,7 +25,6 @@ from optgptq.affine_weight import AffineWeight
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.manifest import write_manifest
 from optgptq.errors import FormatError
-from optgptq.formats import FORMATS
 from optgptq.formats.verify import verify_folder, verify_written, weight_digest
 from optgptq.layout import LinearLayout
 
@@ -44,7 +43,7 @@ def verify(folder: Path, weights: dict[str, AffineWeight]) -> None:
     verify_written(CheckpointFolder.open(folder), CheckpointFolder.open(STORY_LLAMA), mixed_story_layouts(), digests)
 
 
-@pytest.mark.parametrize("format_name", list(FORMATS))
+@pytest.mark.parametrize("format_name", ["gptq", "gptq_v2", "compressed-tensors"])
 def test_sound_checkpoints_pass(tmp_path: Path, format_name: str) -> None:
     checkpoint, weights = written(tmp_path / "out", format_name=format_name)
     verify(checkpoint.path, weights)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.shipped import SHIPPED
 
 from optgptq.errors import RecipeError
 from optgptq.recipe import (
@@ -30,23 +31,7 @@ WEIGHT_KEYS = (
     "method, bits, group_size, symmetric, order, grid_search, group_grids, damp_ratio, column_block, solver_dtype, "
     "target_shift, shift_strength, scale_refit, code_sweeps, true_sequential, keep_dense, rules"
 )
-SECTIONS = ("weights", "attention", "transform", "norm_tweaking", "calibration", "kv_cache", "export")
-SHIPPED = (
-    "attention-aware-w2",
-    "attention-aware-w2-channel",
-    "attention-aware-w2-rotated",
-    "attention-aware-w3",
-    "attention-aware-w3-channel",
-    "attention-aware-w3-rotated",
-    "attention-aware-w4",
-    "attention-aware-w4-channel",
-    "attention-aware-w4-rotated",
-    "gptq-w2",
-    "gptq-w3",
-    "gptq-w4",
-    "gptq-w8",
-    "rtn-w4",
-)
+SECTIONS = ("weights", "attention", "binary", "transform", "norm_tweaking", "calibration", "kv_cache", "export")
 
 
 def failure(name: str | Path, *overrides: str) -> RecipeError:
@@ -114,7 +99,7 @@ def test_a_key_like_no_other_still_gets_the_nearest(job: Path) -> None:
         (
             "weights:\n  method: gptk",
             "line 2, weights.method",
-            "one of rtn, gptq, attention_aware",
+            "one of rtn, gptq, attention_aware, gptqt, binary, attention_aware_binary",
             "the text 'gptk'",
             "Did you mean gptq?",
         ),

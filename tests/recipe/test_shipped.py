@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from support.shipped import SHIPPED
 
 from optgptq.errors import RecipeError
 from optgptq.recipe import load_recipe, shipped_recipes
-
-SHIPPED = (
-    "attention-aware-w2",
-    "attention-aware-w2-channel",
-    "attention-aware-w2-rotated",
-    "attention-aware-w3",
-    "attention-aware-w3-channel",
-    "attention-aware-w3-rotated",
-    "attention-aware-w4",
-    "attention-aware-w4-channel",
-    "attention-aware-w4-rotated",
-    "gptq-w2",
-    "gptq-w3",
-    "gptq-w4",
-    "gptq-w8",
-    "rtn-w4",
-)
 
 
 def test_shipped_recipes_are_named_after_their_files_and_described() -> None:
@@ -48,6 +32,12 @@ def test_shipped_recipes_are_named_after_their_files_and_described() -> None:
         ("gptq-w3", "gptq", 3, 128, True, "compressed-tensors"),
         ("gptq-w2", "gptq", 2, 64, True, "compressed-tensors"),
         ("rtn-w4", "rtn", 4, 128, True, "gptq"),
+        ("binary-w3", "binary", 3, 128, True, "optgptq"),
+        ("binary-w2", "binary", 2, 128, True, "optgptq"),
+        ("attention-aware-binary-w3", "attention_aware_binary", 3, 128, True, "optgptq"),
+        ("attention-aware-binary-w2", "attention_aware_binary", 2, 128, True, "optgptq"),
+        ("gptqt-w3", "gptqt", 3, -1, True, "optgptq"),
+        ("gptqt-w2", "gptqt", 2, -1, True, "optgptq"),
     ],
 )
 def test_shipped_recipes_do_what_their_names_say(

@@ -24,6 +24,8 @@ def test_the_report_says_what_this_process_has(tmp_path):
     assert report.devices["cpu"]
     first = report.kernels[0]
     assert (first.operation, first.device, first.name) == ("affine_matmul", "cpu", "reference")
+    planes = [line for line in report.kernels if line.operation == "binary_matmul"]
+    assert (planes[0].device, planes[0].name) == ("cpu", "torch")
 
 
 def test_the_report_says_who_runs_the_inner_loops(tmp_path, monkeypatch):

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import mixed_story_layouts, quantize_all, write_checkpoint
+from support.binary_weights import random_binary
+from support.checkpoints import mixed_story_layouts, quantize_all, story_layouts, write_checkpoint
 from support.tiny_models import random_tokens
 
+from optgptq.binary_weight import BinaryWeight
 from optgptq.bundled import bundled_path
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import FormatError, ModelError
+from optgptq.kernels.binary import binary_matmul
+from optgptq.kernels.packed_binary import PackedBinary
 from optgptq.kernels.reference import affine_matmul
 from optgptq.models.linear import Linear
-from optgptq.runtime.linear import QuantLinear
+from optgptq.runtime import load
+from optgptq.runtime.linear import HELD_KINDS, QuantLinear
 from optgptq.runtime.load import load_model
 
 STORY = bundled_path("bundled:story-llama")
@@ -118,3 +124,66 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     shutil.copytree(STORY, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(ModelError, match="no weights"):
         load_model(tmp_path / "empty")
+
+
+def in_planes(folder):
+    """Write the bundled model with three sign planes."""
+    layouts = [replace(layout, coefficients="float") for layout in story_layouts(bits=3, symmetric=False)]
+    weights = {}
+    for seed, layout in enumerate(layouts):
+        weight = random_binary(layout, seed=seed)
+        weights[layout.name] = replace(weight, coefficients=weight.coefficients.map(lambda tensor: tensor * 0.05))
+    return write_checkpoint(CheckpointFolder.open(STORY), folder, layouts, weights, format_name="optgptq").path, weights
+
+
+def test_sign_planes_give_the_logits_of_their_dense_weights(tmp_path):
+    folder, weights = in_planes(tmp_path / "out")
+    dense, kept = load_model(folder), load_model(folder, weights="quantized")
+    name = "mlp.down_proj"
+    expected = weights[f"model.layers.1.{name}"]
+    assert torch.equal(dense.layers[1].linears[name].weight_OI, expected.dequantize())
+    linear = kept.layers[1].linears[name]
+    assert isinstance(linear, QuantLinear)
+    assert isinstance(linear.weight, PackedBinary)
+    # A bit for each plane and weight, and coefficients in float16, where codes took a byte for each weight.
+    assert linear.weight.nbytes * 8 == expected.codes_OI.numel() * (3 + 16 * (3 + 1) / 64)
+    tokens_BS = random_tokens(2, 19, vocab_size=1024)
+    torch.testing.assert_close(kept.logits(tokens_BS), dense.logits(tokens_BS), rtol=1e-3, atol=1e-3)
+
+
+def test_the_kernel_for_sign_planes_is_said_once_and_can_be_replaced(tmp_path, caplog):
+    folder, _ = in_planes(tmp_path / "out")
+    calls = []
+
+    def counting(x, weight, *, bias_O=None):
+        calls.append(weight.bits)
+        return binary_matmul(x, weight, bias_O=bias_O)
+
+    with caplog.at_level(logging.INFO, logger="optgptq"):
+        load_model(folder, weights="quantized")
+    assert [record.message for record in caplog.records if "kernel" in record.message] == [
+        "torch kernel for quantized linears: plain torch (unpack a few rows, then matmul) on cpu in float32: "
+        "the only kernel for this device"
+    ]
+    load_model(folder, weights="quantized", kernel=counting).logits(random_tokens(1, 3, vocab_size=1024))
+    assert calls == [3] * 42
+
+
+def test_a_kernel_that_makes_do_is_a_warning(tmp_path, caplog, monkeypatch):
+    folder, _ = in_planes(tmp_path / "out")
+    kind = HELD_KINDS[BinaryWeight]
+    makeshift = replace(kind.choose(torch.device("cpu"), torch.float32), is_makeshift=True)
+    kinds = {BinaryWeight: replace(kind, choose=lambda device, dtype: makeshift)}
+    monkeypatch.setattr(load, "HELD_KINDS", kinds)
+    load_model(folder, weights="quantized")
+    assert [record.levelname for record in caplog.records if "kernel" in record.message] == ["WARNING"]
+
+
+def test_coefficients_that_are_not_finite_are_refused(tmp_path):
+    folder, _ = in_planes(tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj.bcq_alpha"
+    alpha = load_file(folder / "model.safetensors")[name]
+    alpha[0, 1, 3] = torch.inf
+    change(folder, name, alpha)
+    with pytest.raises(FormatError, match=r"mlp\.up_proj"):
+        load_model(folder)

@@ -9,10 +9,10 @@ import torch
 from support.problems import problem, random_moment, random_weight
 from support.slow_gptq import slow_gptq, slow_order
 
-from optgptq.solvers import SOLVERS, LayerProblem, LayerSolution
+from optgptq.solvers import METHODS, LayerProblem, LayerSolution
 from optgptq.solvers import gptq as gptq_module
 
-gptq, rtn = SOLVERS["gptq"], SOLVERS["rtn"]
+gptq, rtn = METHODS["gptq"].solver, METHODS["rtn"].solver
 
 SIZES = [(48, 16), (96, 32), (130, 13), (63, 63), (130, -1)]
 SEARCHES = ("minmax", "mse", "hessian", "pivot", "walk")
@@ -291,7 +291,7 @@ def test_stored_float16_scales_decode_to_what_the_loss_was_taken_of(solver: str,
     weight_OI, moment_II = random_weight(8, 64) * 0.02, random_moment(64)
     for dtype in (torch.float32, torch.float64):
         case = problem(weight_OI, moment_II, symmetric=symmetric, group_size=16, search="walk", dtype=dtype)
-        solution = SOLVERS[solver](case)
+        solution = METHODS[solver].solver(case)
         for scale_dtype in (torch.float16, torch.bfloat16):
             stored = solution.weight.with_scale_dtype(scale_dtype)
             assert torch.equal(stored.dequantize(), solution.weight.dequantize())
@@ -327,8 +327,8 @@ def test_clipped_weights_are_counted_where_they_stand_when_rounded() -> None:
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_documented_shapes_and_dtypes(weight_dtype: torch.dtype) -> None:
     weight_OI = random_weight(5, 32).to(weight_dtype)
-    for solver in SOLVERS.values():
-        solution: LayerSolution = solver(
+    for method in (method for method in METHODS.values() if method.binary is None):
+        solution: LayerSolution = method.solver(
             problem(weight_OI, random_moment(32).float(), bits=3, group_size=16, search="walk", dtype=torch.float32)
         )
         weight = solution.weight

@@ -15,7 +15,7 @@ from support.problems import problem, random_moment, random_weight
 from optgptq.grids.search import ErrorPrice, find_grids
 from optgptq.grids.settings import GridSettings
 from optgptq.native.library import load_library
-from optgptq.solvers import SOLVERS
+from optgptq.solvers import METHODS
 from optgptq.solvers.factor import reverse_cholesky
 from optgptq.solvers.rounding import (
     RoundedColumns,
@@ -226,7 +226,7 @@ def test_whole_solves_agree_with_torch(path: Any, group_grids: str, solver: str)
     for search in ("pivot", "walk"):
         base = {"bits": 3, "symmetric": False, "group_size": 24, "search": search, "group_grids": group_grids}
         native, reference = (
-            SOLVERS[solver](problem(random_weight(21, 96), random_moment(96), backend=who, **base))
+            METHODS[solver].solver(problem(random_weight(21, 96), random_moment(96), backend=who, **base))
             for who in (path, "torch")
         )
         assert torch.equal(native.weight.codes_OI, reference.weight.codes_OI)

@@ -6,7 +6,9 @@
 #include <cstdint>
 
 #include "group.hpp"
+#include "panel.hpp"
 #include "refine.hpp"
+#include "sweep.hpp"
 
 // From here on, and only what is in an unnamed namespace: nothing compiled for this processor may be linked elsewhere.
 #if defined(__clang__)
@@ -16,7 +18,10 @@
 #endif
 #define OPTGPTQ_PATH avx512
 #define OPTGPTQ_VECTOR_BYTES 64
+#include "panel_tile.hpp"
 #include "refine_tile.hpp"
+#include "refit_tile.hpp"
+#include "sweep_tile.hpp"
 #include "tile.hpp"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -66,18 +66,20 @@ OPTGPTQ_INLINE void guarded(const double* before, const double* old, const doubl
   }
 }
 
-// Write `B H (t - Q)^T` and `B H B^T` of all rows of the tile.
-template <class T, int W>
+// Write `B H (t - Q)^T`, where it is not known, and `B H B^T` of all rows of the tile.
+template <class T, int W, bool SlopeIsKnown>
 void normal_equations(const RefineCall& call, const RefineTile<T>& tile) {
   using V = typename Lanes<T>::Vector;
   const T* moment = static_cast<const T*>(call.moment);
   const std::int64_t columns = call.num_columns, size = call.group_size, groups = num_groups(call);
-  for (std::int64_t index = 0; index < groups * W; ++index) tile.slope[index] = V{};
+  for (std::int64_t index = 0; index < groups * W && !SlopeIsKnown; ++index) tile.slope[index] = V{};
   for (std::int64_t index = 0; index < groups * groups * W; ++index) tile.normal[index] = V{};
   for (std::int64_t begin = 0; begin < columns; begin += kBlock) {
     const std::int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
-    products<T, W>(moment + begin * columns, columns, tile.error, columns, end - begin, tile.gradient);
-    for (std::int64_t column = begin; column < end; ++column) {
+    if (!SlopeIsKnown) {
+      products<T, W>(moment + begin * columns, columns, tile.error, columns, end - begin, tile.gradient);
+    }
+    for (std::int64_t column = begin; column < end && !SlopeIsKnown; ++column) {
       for (int w = 0; w < W; ++w) {
         tile.slope[column / size * W + w] += tile.gradient[(column - begin) * W + w] * tile.steps[column * W + w];
       }
@@ -224,14 +226,36 @@ void settle(const Fit<T>& fit) {
   }
 }
 
-// Refit the scales to the steps; `tile.error` is that of the scales of before. Returns whether a scale changed.
-template <class T, int W>
-bool refit(const RefineCall& call, const RefineTile<T>& tile) {
+// Write what each row loses less with the scales of `fit` than with those of before; `slope` is that of now.
+template <class T>
+void find_gain(const Fit<T>& fit, double* gain) {
+  constexpr std::int64_t count = Lanes<T>::count;
+  for (std::int64_t lane = 0; lane < count; ++lane) gain[lane] = 0;
+  for (std::int64_t group = 0; group < fit.groups; ++group) {
+    double moved[count] = {};
+    for (std::int64_t k = 0; k < fit.groups; ++k) {
+      const double* normal = fit.entry(fit.normal, group, k);
+      const std::int64_t place = k * count;
+      for (std::int64_t lane = 0; lane < count; ++lane) {
+        moved[lane] += normal[lane] * (fit.scale[place + lane] - fit.before[place + lane]);
+      }
+    }
+    for (std::int64_t lane = 0; lane < count; ++lane) {
+      const std::int64_t place = group * count + lane;
+      gain[lane] += (2 * fit.slope[place] + moved[lane]) * (fit.scale[place] - fit.before[place]);
+    }
+  }
+}
+
+// Refit the scales to the steps; `tile.error` is that of the scales of before. Returns whether a scale changed. With a
+// known slope, `tile.slope` is read, and `gain` `[W, lanes]` written.
+template <class T, int W, bool SlopeIsKnown = false>
+bool refit(const RefineCall& call, const RefineTile<T>& tile, double* gain = nullptr) {
   constexpr std::int64_t count = Lanes<T>::count;
   const std::int64_t groups = num_groups(call);
   const Fit<T> fit(tile.fit, groups);
   bool changed = false;
-  normal_equations<T, W>(call, tile);
+  normal_equations<T, W, SlopeIsKnown>(call, tile);
   for (int w = 0; w < W; ++w) {
     for (std::int64_t group = 0; group < groups; ++group) {
       for (std::int64_t lane = 0; lane < count; ++lane) {
@@ -248,6 +272,7 @@ bool refit(const RefineCall& call, const RefineTile<T>& tile) {
     solve_change<T>(fit);
     take_better<T>(fit);
     settle<T>(fit);
+    if (SlopeIsKnown) find_gain<T>(fit, gain + w * count);
     for (std::int64_t group = 0; group < groups; ++group) {
       auto& scale = tile.scale[group * W + w];
       for (std::int64_t lane = 0; lane < count; ++lane) {
