@@ -19,7 +19,7 @@ from optgptq.data.windows import (
 from optgptq.models.decoder import load_decoder
 from optgptq.models.inventory import model_linears
 from optgptq.models.spec import DecoderSpec
-from optgptq.recipe.records import CalibrationRecipe
+from optgptq.recipe.calibration import CalibrationRecipe
 from optgptq.runtime.sampling import SamplingSettings
 from optgptq.runtime.self_text import write_windows
 

@@ -13,8 +13,9 @@ from optgptq.grids.settings import GridSettings
 from optgptq.layout import LinearLayout
 from optgptq.models.inventory import LinearInfo, model_linears, outer_linears
 from optgptq.models.spec import DecoderSpec
-from optgptq.recipe.records import BinaryRecipe, Recipe
+from optgptq.recipe.records import Recipe
 from optgptq.recipe.rules import ResolvedWeight, check_rules, resolve_weight
+from optgptq.recipe.weights import BinaryRecipe
 from optgptq.solvers import METHODS
 
 

@@ -15,7 +15,8 @@ from optgptq.formats import format_named
 from optgptq.models.registry import model_spec
 from optgptq.models.spec import DecoderSpec
 from optgptq.plan import LinearPlan, plan_linears
-from optgptq.recipe.records import Recipe, WeightRecipe
+from optgptq.recipe.records import Recipe
+from optgptq.recipe.weights import WeightRecipe
 
 ATTENTION = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 

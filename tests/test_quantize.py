@@ -25,7 +25,9 @@ from optgptq.models.inventory import model_linears
 from optgptq.models.linear import Linear
 from optgptq.models.registry import model_spec
 from optgptq.quantize import QuantizeResult, quantize
-from optgptq.recipe.records import CalibrationRecipe, Recipe, WeightRecipe
+from optgptq.recipe.calibration import CalibrationRecipe
+from optgptq.recipe.records import Recipe
+from optgptq.recipe.weights import WeightRecipe
 from optgptq.reports import events
 from optgptq.runtime.load import load_model
 from optgptq.solvers import METHODS, LayerProblem, LayerSolution

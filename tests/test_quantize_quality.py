@@ -9,7 +9,9 @@ import pytest
 
 from optgptq.bundled import bundled_path
 from optgptq.quantize import quantize
-from optgptq.recipe.records import CalibrationRecipe, Recipe, WeightRecipe
+from optgptq.recipe.calibration import CalibrationRecipe
+from optgptq.recipe.records import Recipe
+from optgptq.recipe.weights import WeightRecipe
 
 
 @pytest.mark.parametrize("search", ["minmax", "walk"])

@@ -18,7 +18,8 @@ from optgptq.errors import RecipeError
 from optgptq.models.attention import attention_context
 from optgptq.models.loading import load_embedding
 from optgptq.models.spec import DecoderSpec, StageName
-from optgptq.recipe.records import NormTweakingRecipe, Recipe, WeightRecipe
+from optgptq.recipe.records import NormTweakingRecipe, Recipe
+from optgptq.recipe.weights import WeightRecipe
 from optgptq.solvers import SolverSettings
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}

@@ -14,7 +14,7 @@ from typing import Any
 from optgptq.bundled import bundled_path
 from optgptq.data import rows
 from optgptq.errors import TextError, UsageError
-from optgptq.recipe.records import CalibrationRecipe
+from optgptq.recipe.calibration import CalibrationRecipe
 from optgptq.recipe.sources import source_kind
 
 RenderChat = Callable[[Sequence[Mapping[str, Any]]], str]

@@ -13,7 +13,7 @@ import torch
 from optgptq.data.reading import TokenizedText, read_tokens, tokens_sha256
 from optgptq.data.tokenizer import Tokenizer
 from optgptq.errors import RecipeError, TextError
-from optgptq.recipe.records import BosPolicy, CalibrationRecipe, WindowLayout
+from optgptq.recipe.calibration import BosPolicy, CalibrationRecipe, WindowLayout
 
 DEFAULT_WINDOW_SIZE = 2048
 # Text read beyond what is asked for, so that windows are a choice and not the beginning of the text. The bound makes

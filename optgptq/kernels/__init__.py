@@ -71,7 +71,7 @@ def choose_binary_matmul(device: torch.device, dtype: torch.dtype) -> KernelChoi
     if dtype not in (torch.float16, torch.bfloat16):
         return _plain_binary_matmul(f"{plain}: the triton kernel takes float16 and bfloat16", is_makeshift=True)
     if find_spec("triton") is None:
-        lost = "triton, which makes it many times as fast, is not installed: `pip install optgptq[triton]`"
+        lost = "triton, whose kernel is faster, is not installed: `pip install optgptq[triton]`"
         return _plain_binary_matmul(f"{plain}: {lost}", is_makeshift=True)
     from optgptq.kernels import triton_binary
 

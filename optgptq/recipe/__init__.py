@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from optgptq.recipe.calibration import CalibrationRecipe
 from optgptq.recipe.loading import (
     ShippedRecipe,
     load_recipe,
@@ -10,17 +11,9 @@ from optgptq.recipe.loading import (
     recipe_to_yaml,
     shipped_recipes,
 )
-from optgptq.recipe.records import (
-    AttentionRecipe,
-    CalibrationRecipe,
-    ExportRecipe,
-    KVCacheRecipe,
-    Recipe,
-    TransformRecipe,
-    WeightRecipe,
-    WeightRule,
-)
+from optgptq.recipe.records import AttentionRecipe, ExportRecipe, KVCacheRecipe, Recipe, TransformRecipe
 from optgptq.recipe.rules import ResolvedWeight, check_rules, resolve_weight
+from optgptq.recipe.weights import WeightRecipe, WeightRule
 
 __all__ = [
     "AttentionRecipe",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import regex
 
 from optgptq.errors import RecipeError
-from optgptq.recipe.records import GridSearch, Method, WeightRecipe, WeightRule
+from optgptq.recipe.weights import GridSearch, Method, WeightRecipe, WeightRule
 
 # A match on a module name takes microseconds; a pattern that takes this long backtracks without end.
 MATCH_SECONDS = 0.5

@@ -22,7 +22,7 @@ from optgptq.grids.codebook import codebook
 from optgptq.grids.search import ErrorPrice
 from optgptq.grids.settings import GridSettings
 from optgptq.solvers.binary_group import code_group
-from optgptq.solvers.binary_store import plane_weight, shape_weight
+from optgptq.solvers.binary_store import overflow_notes, plane_weight, shape_weight
 from optgptq.solvers.binary_sweep import BinaryRows, byte_units, sweep
 from optgptq.solvers.factor import Factor, damping_notes, factor_problem
 from optgptq.solvers.levels import levels_of, nearest_level, shape_table, sign_table
@@ -49,8 +49,9 @@ def solve(problem: LayerProblem) -> LayerSolution:
         solve_rows(problem, problem.weight_OI[begin : begin + _ROWS], factor, moment_II)
         for begin in range(0, problem.weight_OI.shape[0], _ROWS)
     ]
+    weight = BinaryWeight.stacked([part.weight for part in parts])
     return LayerSolution(
-        weight=BinaryWeight.stacked([part.weight for part in parts]),
+        weight=weight,
         row_energy_O=torch.cat([part.energy_O for part in parts]),
         row_loss_O=torch.cat([part.loss_O for part in parts]),
         row_rtn_loss_O=torch.cat([part.rtn_loss_O for part in parts]),
@@ -58,7 +59,7 @@ def solve(problem: LayerProblem) -> LayerSolution:
         damp_ratio_used=factor.damp_ratio_used,
         num_dead_inputs=int(factor.dead_I.sum()),
         seconds=time.perf_counter() - started,
-        notes=damping_notes(factor, problem.settings.damp_ratio),
+        notes=(*damping_notes(factor, problem.settings.damp_ratio), *overflow_notes(weight)),
     )
 
 

@@ -11,6 +11,8 @@ from optgptq.binary_weight import BinaryWeight, ByteCoefficients, FloatCoefficie
 from optgptq.normal_form import normal_form
 from optgptq.solvers.levels import nearest_level
 
+_LARGEST_HALF = 65504.0
+
 
 def plane_weight(
     codes_OI: torch.Tensor, coefficient_GBO: torch.Tensor, unit_O: torch.Tensor | None, *, group_size: int
@@ -64,6 +66,17 @@ def nearest_levels(weight: BinaryWeight, dense_OI: torch.Tensor) -> torch.Tensor
         level_KO1 = level_OGK[:, group].T[:, :, None]
         nearest_OI[:, columns], _ = nearest_level(dense_OI[:, columns], level_KO1)
     return nearest_OI
+
+
+def overflow_notes(weight: BinaryWeight) -> tuple[str, ...]:
+    """Return a sentence where coefficients were cut off at the largest number that float16 holds."""
+    num_cut_off = sum(int((values.abs() >= _LARGEST_HALF).sum()) for values in weight.coefficients.values())
+    if not num_cut_off:
+        return ()
+    return (
+        f"{num_cut_off} coefficients of binary codes were cut off at {_LARGEST_HALF:.0f}, the largest number that "
+        "float16 holds: the weights are too large for them",
+    )
 
 
 def _contiguous(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

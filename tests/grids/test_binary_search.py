@@ -162,6 +162,7 @@ def test_both_ends_of_the_range_move() -> None:
     found = search_codes(columns_LO, price_L, codes, BinarySettings().factors)
     alpha_PO, offset_O = found.coefficients(codes)
     lowest, highest = float(offset_O - alpha_PO.sum(dim=0)), float(offset_O + alpha_PO.sum(dim=0))
+    assert float(found.scale_O) < 0.65 * 12 / 15
     assert -2.5 < lowest < 0 < highest < 2.5
 
 

@@ -34,6 +34,7 @@ TARGETS = {
     "gfx90a": (GPUTarget("hip", "gfx90a", 64), 64 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
+WAVE_OF_32 = GPUTarget("hip", "gfx1100", 32)
 POINTERS = {
     "planes": "*i32",
     "alpha": "*fp16",
@@ -91,6 +92,15 @@ def test_the_product_compiles_without_spills_and_uses_the_matrix_unit(target, bi
         assert "mma.sync.aligned.m16n8k16" in kernel.asm["ptx"]
 
 
+def test_a_hip_device_with_waves_of_32_is_compiled_for(tmp_path, monkeypatch):
+    """For up to 16 tokens; blocks of 32 compile too, but spill where there are four planes."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"PLANES": 3, "BLOCK_T": 16, "STEP_WORDS": 4, "BLOCK_O": BLOCK_O}
+    kernel = compiled("partial_products", WAVE_OF_32, constants, x="*fp16")
+    require_fits(kernel, WAVE_OF_32)
+    assert "v_wmma_f32_16x16x16" in kernel.asm["amdgcn"]
+
+
 def test_one_shift_and_one_logic_operation_make_two_signs_on_sm_90(tmp_path, monkeypatch):
     """The pair of 16-bit floats that the source takes apart must be one register again in the machine code."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -115,6 +125,20 @@ def test_the_other_kernels_compile_without_spills(target, name, constants):
     require_fits(compiled(name, target, constants), target)
 
 
+@pytest.mark.parametrize(
+    ("name", "constants"),
+    [
+        ("partial_products", {"PLANES": 1, "STEP_WORDS": 1, "BLOCK_O": BLOCK_O, "BLOCK_T": 16}),
+        ("sum_of_partials", {"HAS_BIAS": False, "BLOCK_O": SUM_BLOCK_O}),
+        ("dense_weight", {"PLANES": 1, "BLOCK_O": BLOCK_O}),
+    ],
+)
+def test_sizes_of_one_compile_too(target, name, constants):
+    """At a launch triton makes a constant of every whole number that is 1; the interpreter does not."""
+    sizes = {each for each in getattr(triton_source, name).arg_names if each.startswith(("num_", "steps_", "group_"))}
+    compiled(name, target, constants | dict.fromkeys([*sizes, "out_features"], 1), x="*bf16")
+
+
 def compiled(name: str, target: GPUTarget, constants: dict[str, Any], **pointers: str) -> Any:
     """Compile a kernel with the options that `triton_binary` starts it with."""
     kernel = getattr(triton_source, name)
@@ -134,8 +158,8 @@ def compiled(name: str, target: GPUTarget, constants: dict[str, Any], **pointers
 
 def require_fits(kernel: Any, target: GPUTarget) -> None:
     """Registers are not spilled to memory, and shared memory is within the device's limit: compilers check neither."""
-    (limit,) = (limit for known, limit in TARGETS.values() if known == target)
-    assert kernel.metadata.shared <= limit
+    limits = [limit for known, limit in TARGETS.values() if known == target]
+    assert kernel.metadata.shared <= (limits[0] if limits else 64 * 1024)
     if target.backend == "hip":
         assert kernel.asm["hsaco"][:4] == b"\x7fELF"
         assert re.search(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])[1] == "0"

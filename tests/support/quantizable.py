@@ -14,7 +14,9 @@ from support.tiny_models import TINY_MODELS, TinyModel, reference_model, save_re
 
 from optgptq.data.reading import tokens_sha256
 from optgptq.data.windows import Windows, windows_from_tokens
-from optgptq.recipe.records import CalibrationRecipe, ExportRecipe, Recipe, WeightRecipe
+from optgptq.recipe.calibration import CalibrationRecipe
+from optgptq.recipe.records import ExportRecipe, Recipe
+from optgptq.recipe.weights import WeightRecipe
 
 # Every byte, begin and end of text.
 VOCAB_SIZE = 258

@@ -119,8 +119,8 @@ def slow_columns(codes_I: torch.Tensor, bits: int) -> torch.Tensor:
 def slow_fit(target_I: torch.Tensor, columns_IB: torch.Tensor, moment_II: torch.Tensor) -> torch.Tensor:
     """Return the coefficients that minimise `(t - X c) H (t - X c)^T`, by one dense least-squares problem."""
     root_II = torch.linalg.cholesky(moment_II.double()).T
-    fitted_B1 = torch.linalg.lstsq(root_II @ columns_IB, (root_II @ target_I.double())[:, None], driver="gelsd").solution
-    return fitted_B1[:, 0]
+    seen_I1 = root_II @ target_I.double()[:, None]
+    return torch.linalg.lstsq(root_II @ columns_IB, seen_I1, driver="gelsd").solution[:, 0]
 
 
 def slow_joint_columns(codes_I: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
