@@ -111,6 +111,17 @@ def test_dead_inputs_are_rounded_to_the_nearest_level(coefficients: str, weighti
         torch.testing.assert_close(solution.row_loss_O, losses_O, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("weighting", ["none", "diagonal", "pivot"])
+def test_levels_of_a_dead_group_are_searched_too(weighting: str) -> None:
+    weight_OI, moment_II = random_weight(20, 32), random_moment(32)
+    moment_II[16:] = 0
+    moment_II[:, 16:] = 0
+    binary = {"weighting": weighting, "uniform_start": False, "refits": 0, "sweeps": 0}
+    solution = solve(binary_problem(weight_OI, moment_II, bits=3, group_size=16, binary=binary))
+    error_OI = weight_OI - stored(solution).dequantize().double()
+    assert float(error_OI[:, 16:].square().mean()) < 0.05 * float(weight_OI[:, 16:].square().mean())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
 def test_moments_that_say_little(num_tokens: int, dtype: torch.dtype) -> None:

@@ -1,0 +1,166 @@
+"""Binary codes beside uniform grids and beside GPTQT as published: bits, layer loss, mean KL and perplexity.
+
+Trials are kept as they finish: a run that was killed goes on where it stopped when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from measure.cases import EVALUATION_TOKENS, NUM_WINDOWS, REPOSITORY, Case, chosen_cases
+from measure.machine import commit
+from measure.report import Report, finish, new_parser
+from measure.trials import HeldOutText, Trial, TrialStore, trial_key
+
+from optgptq.recipe.loading import load_recipe
+
+COLUMNS = ("model", "bits", "recipe", "bits per weight", "layer loss", "mean KL", "to uniform", "perplexity", "seconds")
+QUICK_WINDOWS = 8
+QUICK_TOKENS = 4096
+UNIFORM, UNEVEN, PUBLISHED, ONE_SIDED = "uniform, symmetric", "uniform, asymmetric", "GPTQT as published", "binary"
+# Of the uniform grid's KL: what binary codes of as many bits must not exceed.
+AIMS = {2: 0.6, 3: 0.8}
+OFF = {"weights.target_shift": "off"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One row: a shipped recipe and what is changed in it."""
+
+    name: str
+    recipe: str
+    settings: Mapping[str, Any]
+
+
+def compared(bits: int, case: Case) -> Iterator[Variant]:
+    """Yield the rows that every model has. Uniform grids have 16-bit scales, whatever the model is stored in."""
+    grouped = -1 if case.name == "babyllama-105" else 128
+    uniform = {"export.format": "gptq_v2", "weights.group_size": 32 if grouped == -1 else 64}
+    yield Variant(name=UNIFORM, recipe=f"gptq-w{bits}", settings=uniform)
+    yield Variant(name=UNEVEN, recipe=f"gptq-w{bits}", settings={**uniform, "weights.symmetric": False})
+    yield Variant(name=PUBLISHED, recipe=f"gptqt-w{bits}", settings={})
+    groups = {"weights.group_size": grouped}
+    yield Variant(name=f"{ONE_SIDED}, no shift", recipe=f"binary-w{bits}", settings={**groups, **OFF})
+    yield Variant(name=ONE_SIDED, recipe=f"binary-w{bits}", settings=groups)
+    yield Variant(name="attention-aware binary", recipe=f"attention-aware-binary-w{bits}", settings=groups)
+
+
+def steps(bits: int) -> Iterator[Variant]:
+    """Yield from the plainest grid to the whole solver, one change at a time, all without a target shift."""
+    for search in ("minmax", "mse", "pivot", "walk"):
+        settings = {"weights.group_size": 128, "weights.grid_search": search}
+        yield Variant(name=f"uniform g128, {search}", recipe=f"gptq-w{bits}", settings=settings)
+    refined = {"weights.group_size": 64, "weights.scale_refit": True, "weights.code_sweeps": 2}
+    yield Variant(name="uniform g64, walk, refined", recipe=f"gptq-w{bits}", settings=refined)
+    binary = {**OFF, "binary.uniform_start": False, "binary.refits": 0, "binary.sweeps": 0}
+    for weighting in ("none", "diagonal", "pivot"):
+        changed = {**binary, "binary.coefficients": "float", "binary.weighting": weighting}
+        yield Variant(name=f"search, weighting {weighting}", recipe=f"binary-w{bits}", settings=changed)
+    grown: dict[str, Any] = {**binary, "binary.coefficients": "float"}
+    for name, change in (
+        ("+ refits", {"binary.refits": 3}),
+        ("+ uniform start", {"binary.uniform_start": True}),
+        ("+ sweeps", {"binary.sweeps": 3}),
+        ("+ coefficients in bytes", {"binary.coefficients": "int8"}),
+        ("one shape per row instead", {"binary.coefficients": "steps"}),
+    ):
+        grown |= change
+        yield Variant(name=name, recipe=f"binary-w{bits}", settings=dict(grown))
+
+
+def main() -> int:
+    """Run the trials that the command line asks for, and show them."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--shared", type=Path, default=REPOSITORY.parent / "shared", help="folder of further models")
+    parser.add_argument("--models", nargs="+", help="names of models; default: all that are present")
+    parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3), default=[2, 3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the choice of windows")
+    parser.add_argument("--steps", action="store_true", help="the solver step by step, in place of the comparison")
+    arguments = parser.parse_args()
+    name = "binary-steps" if arguments.steps else "binary"
+    report = Report(name=name, title="Binary codes", columns=COLUMNS)
+    store = TrialStore(arguments.work / "binary-trials.jsonl")
+    for case in chosen_cases(arguments, parser, report.notes):
+        text = HeldOutText(case, max_tokens=QUICK_TOKENS if arguments.quick else EVALUATION_TOKENS)
+        report.notes.append(f"Dense perplexity of {case.name}: {text.dense_perplexity:.4f}.")
+        for bits in arguments.bits:
+            variants = steps(bits) if arguments.steps else compared(bits, case)
+            trials = {each.name: _run(text, bits, each, store, arguments) for each in variants}
+            _fill(report, case, bits, trials)
+    report.notes += [
+        f"Seeds {', '.join(map(str, arguments.seeds))}; KL in nats per token: mean, and smallest to largest "
+        "seed. Bits count codes, coefficients or scales of 16 bits, and the zero points of asymmetric grids.",
+        "Layer loss is the sum over linears of the share of its output's energy that each loses; it compares rows "
+        "without a target shift only. Seconds are the median, on a machine that may have done other work.",
+    ]
+    return finish(report, arguments)
+
+
+def _run(
+    text: HeldOutText, bits: int, variant: Variant, store: TrialStore, arguments: argparse.Namespace
+) -> list[Trial]:
+    trials = []
+    for seed in arguments.seeds:
+        settings = {
+            "calibration.source": text.case.calibration,
+            "calibration.window_size": text.case.window_size,
+            "calibration.num_windows": QUICK_WINDOWS if arguments.quick else NUM_WINDOWS,
+            "calibration.seed": seed,
+            **variant.settings,
+        }
+        recipe = load_recipe(variant.recipe, [f"{field}={_text(value)}" for field, value in settings.items()])
+        key = trial_key(recipe, text.sha256, text.case.name)
+        trial = store.find(key)
+        if trial is None:
+            trial = text.run(recipe, key=key, commit=commit(), grid=f"W{bits}", variant=variant.name)
+            store.add(trial)
+            print(f"{text.case.name}, W{bits}, {variant.name}, seed {seed}: KL {trial.mean_kl:.5f}", file=sys.stderr)
+        trials.append(trial)
+    return trials
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _fill(report: Report, case: Case, bits: int, trials: Mapping[str, list[Trial]]) -> None:
+    uniform = [_mean_kl(trials[name]) for name in (UNIFORM, UNEVEN) if name in trials]
+    for name, each in trials.items():
+        kls = [trial.mean_kl for trial in each]
+        spread = f" ({min(kls):.4f} to {max(kls):.4f})" if len(kls) > 1 else ""
+        ratio = _mean_kl(each) / min(uniform) if uniform else None
+        report.rows.append(
+            [
+                case.name,
+                str(bits),
+                name,
+                f"{each[0].bits_per_weight:.3f}",
+                f"{statistics.fmean(trial.layer_loss for trial in each):.3f}",
+                f"{statistics.fmean(kls):.4f}{spread}",
+                "" if ratio is None else f"{ratio:.3f}",
+                f"{statistics.fmean(trial.perplexity for trial in each):.3f}",
+                f"{statistics.median(trial.seconds for trial in each):.1f}",
+            ]
+        )
+        report.details += [dataclasses.asdict(trial) for trial in each]
+        if name == ONE_SIDED and ratio is not None and ratio > AIMS[bits]:
+            report.missed.append(
+                f"{case.name}, {bits} bits: {ratio:.3f} times the uniform grid's KL; aim {AIMS[bits]}."
+            )
+    if PUBLISHED in trials and _mean_kl(trials[ONE_SIDED]) >= _mean_kl(trials[PUBLISHED]):
+        report.missed.append(f"{case.name}, {bits} bits: not better than GPTQT as published.")
+
+
+def _mean_kl(trials: list[Trial]) -> float:
+    return statistics.fmean(trial.mean_kl for trial in trials)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
