@@ -116,7 +116,9 @@ def test_what_is_stored_is_what_runs(bits: int, coefficients: str, models: dict[
     assert {layer["coefficients"] for layer in result.record["layers"]} == {coefficients}
     weights = decoded(result.output)
     assert {weight.coefficients.storage for weight in weights.values()} == {coefficients}
-    assert inspect_checkpoint(CheckpointFolder.open(result.output)).bits_per_weight == pytest.approx(result.bits_per_weight)
+    assert inspect_checkpoint(CheckpointFolder.open(result.output)).bits_per_weight == pytest.approx(
+        result.bits_per_weight
+    )
     dense = load_model(result.output).hidden(TOKENS)
     packed = load_model(result.output, weights="quantized").hidden(TOKENS)
     assert torch.allclose(dense, packed, rtol=1e-4, atol=1e-3)

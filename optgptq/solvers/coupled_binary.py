@@ -21,7 +21,7 @@ import torch
 from optgptq.binary_weight import BinaryWeight
 from optgptq.solvers import binary
 from optgptq.solvers.binary import SolvedRows
-from optgptq.solvers.binary_store import nearest_levels
+from optgptq.solvers.binary_store import nearest_levels, overflow_notes
 from optgptq.solvers.coupled_losses import row_shares
 from optgptq.solvers.coupling import OutputFactors, factor_outputs
 from optgptq.solvers.factor import damping_notes, factor_problem
@@ -73,7 +73,7 @@ def solve(problem: LayerProblem) -> LayerSolution:
         num_dead_inputs=int(factor.dead_I.sum()),
         seconds=time.perf_counter() - started,
         coupled=CoupledLosses(energy_O=coupled[0], loss_O=coupled[1], rtn_loss_O=coupled[2]),
-        notes=(*damping_notes(factor, problem.settings.damp_ratio), *outputs.notes),
+        notes=(*damping_notes(factor, problem.settings.damp_ratio), *outputs.notes, *overflow_notes(weight)),
     )
 
 
