@@ -23,8 +23,10 @@ from optgptq.grids.codebook import Codebook
 
 # Rows priced at once: a product of this many rows with a large codebook stays a few megabytes.
 _ROWS = 256
+# Share of the largest cost that a code could have by which costs of equal codes may differ after rounding.
+_TIE = {torch.float32: 1e-7, torch.float64: 1e-12}
 # Float16 holds every half step of it. A larger one, for groups of zeros, would set the unit of all bytes of a row.
-_SMALLEST_SCALE = 2.0**-23
+SMALLEST_SCALE = 2.0**-23
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +67,8 @@ def search_codes(
 ) -> FoundCodes:
     """Return the cheapest code and scale of each row; of equally cheap ones the first factor, then the first code.
 
+    Costs within `search_tolerance` are equal: rounding orders them.
+
     Args:
         columns_LO: the weights as they stand.
         price_L: what a squared error in each column costs.
@@ -78,6 +82,11 @@ def search_codes(
         shape_R = None if shape_O is None else shape_O[rows]
         parts.append(_search(columns_LO[:, rows], price_L, codes, factors, shape_R))
     return FoundCodes(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+def search_tolerance(price_L: torch.Tensor, codes: Codebook) -> float:
+    """Return by how much costs of equal codes may differ, in units of the squared scale."""
+    return _TIE[price_L.dtype] * codes.max_number**2 * float(price_L.sum())
 
 
 def find_shapes(
@@ -106,11 +115,14 @@ def price_codes(
     scale_O, zero_O = _scale(columns_LO, codes.max_number, factor)
     places_LO = columns_LO / scale_O + zero_O
     numbers_LO = places_LO.round().clamp(0, codes.max_number).long()
+    # Counted from the middle of the numbers, squares stay small.
+    middle = codes.max_number / 2
+    places_LO = places_LO - middle
     priced_LO = price_L[:, None] * places_LO
     sums_VO = columns_LO.new_zeros(2, codes.max_number + 1, columns_LO.shape[1])
     sums_VO[0].scatter_add_(0, numbers_LO, price_L[:, None].expand_as(priced_LO).contiguous())
     sums_VO[1].scatter_add_(0, numbers_LO, priced_LO)
-    near_VC = codes.nearest_CV.to(columns_LO.device).T.to(columns_LO.dtype)
+    near_VC = codes.nearest_CV.to(columns_LO.device).T.to(columns_LO.dtype) - middle
     factors_WC = torch.cat([near_VC.square(), -2 * near_VC])
     cost_OC = sums_VO.flatten(0, 1).T @ factors_WC + (priced_LO * places_LO).sum(dim=0)[:, None]
     return cost_OC * scale_O.square()[:, None], scale_O, zero_O
@@ -118,7 +130,7 @@ def price_codes(
 
 def _scale(columns_LO: torch.Tensor, max_number: int, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
     low_O, high_O = columns_LO.amin(dim=0).clamp(max=0), columns_LO.amax(dim=0).clamp(min=0)
-    full_O = ((high_O - low_O) / max_number).clamp(min=_SMALLEST_SCALE)
+    full_O = ((high_O - low_O) / max_number).clamp(min=SMALLEST_SCALE)
     # Zero keeps its place among the numbers, so that both ends of the range move.
     return factor * full_O, (-low_O / full_O).round()
 
@@ -134,12 +146,14 @@ def _search(
     best_O = torch.full_like(columns_LO[0], torch.inf)
     index_O = torch.zeros_like(best_O, dtype=torch.int64)
     taken_O, zero_O = torch.ones_like(best_O), torch.zeros_like(best_O)
+    tolerance = search_tolerance(price_L, codes)
     for factor in factors:
         cost_OC, scale_O, here_O = price_codes(columns_LO, price_L, codes, factor)
         if is_other_OC is not None:
             cost_OC = cost_OC.masked_fill_(is_other_OC, torch.inf)
-        cost_O, code_O = cost_OC.min(dim=1)
-        is_better_O = cost_O < best_O
+        cost_O, tie_O = cost_OC.amin(dim=1), tolerance * scale_O.square()
+        code_O = (cost_OC <= (cost_O + tie_O)[:, None]).to(torch.uint8).argmax(dim=1)
+        is_better_O = cost_O < best_O - tie_O
         best_O = torch.where(is_better_O, cost_O, best_O)
         index_O = torch.where(is_better_O, code_O, index_O)
         taken_O = torch.where(is_better_O, scale_O, taken_O)

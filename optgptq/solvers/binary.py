@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from optgptq.binary_weight import BinaryWeight
-from optgptq.grids.binary_search import find_shapes, search_codes
+from optgptq.grids.binary_search import find_shapes
 from optgptq.grids.codebook import codebook
 from optgptq.grids.search import ErrorPrice
 from optgptq.grids.settings import GridSettings
+from optgptq.solvers.binary_codes import find_codes
 from optgptq.solvers.binary_group import code_group
 from optgptq.solvers.binary_store import overflow_notes, plane_weight, shape_weight
 from optgptq.solvers.binary_sweep import BinaryRows, byte_units, sweep
 from optgptq.solvers.factor import Factor, damping_notes, factor_problem
-from optgptq.solvers.levels import levels_of, nearest_level, shape_table, sign_table
+from optgptq.solvers.levels import levels_of, nearest_error, nearest_level, shape_table, sign_table
 from optgptq.solvers.losses import factored_energy
 from optgptq.solvers.problem import LayerProblem, LayerSolution
 from optgptq.solvers.rounding import find_group_grids
@@ -129,14 +131,15 @@ class _Rows:
     def solved(self, moment_II: torch.Tensor) -> SolvedRows:
         """Return the rows improved under the whole moment, and rounded to what is stored."""
         rows = BinaryRows(self.codes_IO, self.coefficient_GBO, self.error_IO)
+        improve = partial(sweep, rows, moment_II, self.table_KBO, backend=self.settings.backend)
         for _ in range(self.binary.sweeps):
-            sweep(rows, moment_II, self.table_KBO)
+            improve()
         unit_O = None
         if self.binary.coefficients == "int8":
             unit_O = byte_units(rows.coefficient_GBO)
-            sweep(rows, moment_II, self.table_KBO, unit_O=unit_O, forced=True)
+            improve(unit_O=unit_O, forced=True)
             if self.binary.sweeps:
-                sweep(rows, moment_II, self.table_KBO, unit_O=unit_O)
+                improve(unit_O=unit_O)
         self._round_dead(rows, moment_II)
         upper_II, added_I = self.factor.upper_II, self.factor.added_I
         return SolvedRows(
@@ -188,6 +191,7 @@ class _Rows:
             starts=self._starts(weight_LO, pending_LO, upper_LL, group),
             refits=self.binary.refits,
             column_block=self.settings.column_block,
+            backend=self.settings.backend,
         )
         self.error_IO[columns], self.codes_IO[columns] = coded.error_LO, coded.codes_LO
         self.coefficient_GBO[group] = coded.coefficient_BO
@@ -201,7 +205,8 @@ class _Rows:
         """Return the coefficients `[B, O]` that the walk begins with."""
         current_LO = weight_LO + torch.linalg.solve_triangular(upper_LL.T, pending_LO, upper=False)
         price_L = self._price(upper_LL, group)
-        found = search_codes(current_LO, price_L, self.codes, self.binary.factors, shape_O=self.shape_O)
+        backend, factors = self.settings.backend, self.binary.factors
+        found = find_codes(current_LO, price_L, self.codes, factors, shape_O=self.shape_O, backend=backend)
         if self.shape_O is not None:
             return [torch.stack([found.scale_O, found.centre(self.codes)])]
         alpha_PO, offset_O = found.coefficients(self.codes)
@@ -209,7 +214,7 @@ class _Rows:
         if not self.binary.uniform_start:
             return [start_BO]
         price = ErrorPrice(price_L, upper_LL)
-        scale_O, zero_point_O = find_group_grids(current_LO, price, self.uniform, backend=self.settings.backend)
+        scale_O, zero_point_O = find_group_grids(current_LO, price, self.uniform, backend=backend)
         return [start_BO, uniform_coefficients(scale_O, zero_point_O, self.problem.grid.bits)]
 
     def _round_dead(self, rows: BinaryRows, moment_II: torch.Tensor) -> None:
@@ -220,12 +225,11 @@ class _Rows:
             rows.error_IO[column] = self.weight_IO[column] - level_O
 
     def _nearest_error(self, rows: BinaryRows) -> torch.Tensor:
-        error_IO = torch.empty_like(self.weight_IO)
-        for group in range(len(self.group_order_G)):
-            columns = self._columns(group, group + 1)
-            level_KO = levels_of(self.table_KBO, rows.coefficient_GBO[group])
-            error_IO[columns] = self.weight_IO[columns] - nearest_level(self.weight_IO[columns], level_KO[:, None])[0]
-        return error_IO
+        errors, weight_GLO = [], self.weight_IO.view(len(self.group_order_G), self.group_size, -1)
+        for weight_LO, coefficient_BO in zip(weight_GLO, rows.coefficient_GBO, strict=True):
+            level_KO = levels_of(self.table_KBO, coefficient_BO)
+            errors.append(nearest_error(weight_LO, level_KO, backend=self.settings.backend))
+        return torch.cat(errors)
 
     def _weight(self, rows: BinaryRows, unit_O: torch.Tensor | None) -> BinaryWeight:
         codes_IO = torch.empty_like(rows.codes_IO)

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from optgptq.native.binary import walk_levels
+from optgptq.native.group import path_for
+from optgptq.native.library import Backend
 from optgptq.solvers.levels import best_change, columns_of, half_precision, levels_of, nearest_level
 
 
@@ -48,6 +51,7 @@ def code_group(
     starts: Sequence[torch.Tensor],
     refits: int,
     column_block: int,
+    backend: Backend = "auto",
 ) -> CodedGroup:
     """Return of every row the cheapest walk.
 
@@ -59,7 +63,18 @@ def code_group(
         starts: coefficients `[B, O]` to walk with, each of them; then those fitted to the cheapest walk's codes.
         refits: how often coefficients are fitted and the group is walked again.
         column_block: columns that update each other one by one; wider ranges are updated by products.
+        backend: who does it; `torch` is the definition of the others.
     """
+    path = path_for(backend, weight_LO, pending_LO, upper_LL, table_KBO)
+    if path is not None:
+        start_NBO = torch.stack(list(starts))
+        found = walk_levels(path, weight_LO, pending_LO, upper_LL, table_KBO, start_NBO=start_NBO, refits=refits)
+        return CodedGroup(
+            codes_LO=found.codes_LO,
+            error_LO=found.error_LO,
+            weighted_LO=found.weighted_LO,
+            coefficient_BO=found.coefficient_BO,
+        )
     walks = (_walk(weight_LO, pending_LO, upper_LL, table_KBO, half_precision(start), column_block) for start in starts)
     best = next(walks)
     for walked in walks:

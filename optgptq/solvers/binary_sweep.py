@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from optgptq.native.binary import improve_levels
+from optgptq.native.group import path_for
+from optgptq.native.library import Backend
 from optgptq.solvers.levels import best_change, columns_of, half_precision, levels_of, nearest_level
 
 _LARGEST_BYTE = 127
@@ -52,6 +55,7 @@ def sweep(
     *,
     unit_O: torch.Tensor | None = None,
     forced: bool = False,
+    backend: Backend = "auto",
 ) -> None:
     """Improve every group once, in place.
 
@@ -61,6 +65,7 @@ def sweep(
         table_KBO: what levels are made of.
         unit_O: coefficients become whole multiples of it, up to 127; None: values that float16 holds.
         forced: coefficients are taken even if the loss rises: they were not of this kind before.
+        backend: who improves a group; `torch` is the definition of the others.
     """
     group_size = len(rows.error_IO) // len(rows.coefficient_GBO)
     for group, begin in enumerate(range(0, len(rows.error_IO), group_size)):
@@ -73,6 +78,7 @@ def sweep(
             table_KBO,
             unit_O=unit_O,
             forced=forced,
+            backend=backend,
         )
         rows.codes_IO[columns] = improved.codes_LO
         rows.coefficient_GBO[group] = improved.coefficient_BO
@@ -95,8 +101,13 @@ def improve_group(
     *,
     unit_O: torch.Tensor | None,
     forced: bool,
+    backend: Backend = "auto",
 ) -> ImprovedGroup:
     """Return one group with fitted coefficients, then better codes; nothing that is passed in is changed."""
+    path = path_for(backend, gradient_LO, moment_LL, coefficient_BO, table_KBO)
+    if path is not None:
+        group = (gradient_LO, moment_LL, codes_LO, coefficient_BO, table_KBO)
+        return ImprovedGroup(*improve_levels(path, *group, unit_O=unit_O, forced=forced))
     columns_BLO = columns_of(table_KBO, codes_LO)
     products_BLO = moment_LL @ columns_BLO
     normal_BBO = torch.einsum("alo,blo->abo", columns_BLO, products_BLO)

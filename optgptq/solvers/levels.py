@@ -1,7 +1,7 @@
 """Levels of binary codes as linear functions of their coefficients, and fitting the coefficients to codes.
 
 A level is `sum_b table[k, b] * coefficient[b]`. Where each group has levels of its own, the table holds the signs of
-the planes and a one for the offset; where a row has one shape, it holds the shape and a one.
+the planes and a one for the offset; where a row has one shape, it holds the shape and a one. The one comes last.
 
 Shapes: `K` levels, `B` coefficients, `O` rows, `L` columns. Arithmetic is in the dtype of what is passed in.
 """
@@ -9,6 +9,10 @@ Shapes: `K` levels, `B` coefficients, `O` rows, `L` columns. Arithmetic is in th
 from __future__ import annotations
 
 import torch
+
+from optgptq.native import binary as native
+from optgptq.native.group import path_for
+from optgptq.native.library import Backend
 
 # A coefficient that the others explain to all but this share of its energy stays as it is.
 _LEAST_PIVOT = 1e-4
@@ -54,6 +58,14 @@ def nearest_level(value_R: torch.Tensor, level_KR: torch.Tensor) -> tuple[torch.
         level_R = torch.where(is_nearer_R, level_KR[code], level_R)
         code_R = torch.where(is_nearer_R, code, code_R)
     return level_R, code_R
+
+
+def nearest_error(weight_LO: torch.Tensor, level_KO: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor:
+    """Return each weight minus the nearest level of its row; `torch` is the definition of the other backends."""
+    path = path_for(backend, weight_LO, level_KO)
+    if path is not None:
+        return native.nearest_error(path, weight_LO, level_KO)
+    return weight_LO - nearest_level(weight_LO, level_KO[:, None])[0]
 
 
 def best_change(normal_BBO: torch.Tensor, slope_BO: torch.Tensor) -> torch.Tensor:

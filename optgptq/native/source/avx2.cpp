@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "binary.hpp"
 #include "group.hpp"
 #include "panel.hpp"
 #include "refine.hpp"
@@ -18,6 +19,7 @@
 #endif
 #define OPTGPTQ_PATH avx2
 #define OPTGPTQ_VECTOR_BYTES 32
+#include "binary_path.hpp"
 #include "panel_tile.hpp"
 #include "refine_tile.hpp"
 #include "refit_tile.hpp"
