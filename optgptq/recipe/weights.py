@@ -97,7 +97,8 @@ class BinaryRecipe(Section):
     """How binary codes are found by the methods that make them; other methods leave it unused."""
 
     intermediate_bits: Annotated[int, Field(strict=True, ge=3, le=6)] | None = Field(
-        default=None, description="width of the whole numbers among which levels are searched; null: 2 more, at most 5"
+        default=None,
+        description="width of the whole numbers among which levels are searched; null: 2 more, at most 5 (steps: 1 more)",
     )
     weighting: CodeWeighting = Field(
         default="pivot",

@@ -27,7 +27,7 @@ from optgptq.models.registry import model_spec
 from optgptq.models.spec import STAGE_NAMES
 from optgptq.plan import LinearPlan, plan_linears
 from optgptq.recipe.records import Recipe
-from optgptq.solvers import SOLVERS, LayerProblem, LayerSolution, SolverSettings
+from optgptq.solvers import METHODS, LayerProblem, LayerSolution, SolverSettings
 
 SOLVER = SolverSettings(dtype=torch.float64)
 
@@ -115,7 +115,7 @@ def plain_walk(
                 grid=plan.grid,
                 settings=SOLVER,
             )
-            solutions[plan.info.name] = solution = SOLVERS[plan.method](problem)
+            solutions[plan.info.name] = solution = METHODS[plan.method].solver(problem)
             solved_OI = solution.weight.dequantize()
             with torch.no_grad():
                 weight.copy_(solved_OI.t() if plan.info.stored_transposed else solved_OI)

@@ -7,9 +7,9 @@ import torch
 from support.problems import problem, random_moment, random_weight
 
 from optgptq.errors import NumericalError
-from optgptq.solvers import SOLVERS
+from optgptq.solvers import METHODS
 
-gptq = SOLVERS["gptq"]
+gptq = METHODS["gptq"].solver
 SEARCHES = ("minmax", "mse", "hessian", "pivot", "walk")
 
 

@@ -9,10 +9,10 @@ import torch
 from support.problems import problem, random_moment, random_weight
 from support.slow_gptq import slow_minmax
 
-from optgptq.solvers import SOLVERS
+from optgptq.solvers import METHODS
 from optgptq.solvers.rtn import round_to_nearest
 
-rtn = SOLVERS["rtn"]
+rtn = METHODS["rtn"].solver
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.problems import problem, random_moment, random_weight
 
-from optgptq.solvers import SOLVERS, LayerProblem, LayerSolution
+from optgptq.solvers import METHODS, LayerProblem, LayerSolution
 from optgptq.solvers.stacking import put_together, solve_together
 
 
@@ -23,8 +23,8 @@ def test_stacked_rows_have_the_solutions_of_separate_solves(solver: str, search:
         )
         for rows in (7, 2, 5)
     ]
-    together = solve_together(SOLVERS[solver], problems)
-    for part, single in zip(together, map(SOLVERS[solver], problems), strict=True):
+    together = solve_together(METHODS[solver].solver, problems)
+    for part, single in zip(together, map(METHODS[solver].solver, problems), strict=True):
         assert torch.equal(part.weight.codes_OI, single.weight.codes_OI)
         assert torch.equal(part.weight.scale_OG, single.weight.scale_OG)
         assert torch.equal(part.weight.zero_point_OG, single.weight.zero_point_OG)
@@ -38,7 +38,7 @@ def test_one_problem_is_handed_on_as_it_is_and_time_is_shared_out_by_rows() -> N
 
     def solver(problem: LayerProblem) -> LayerSolution:
         seen.append(problem)
-        return replace(SOLVERS["rtn"](problem), seconds=12.0)
+        return replace(METHODS["rtn"].solver(problem), seconds=12.0)
 
     first = problem(random_weight(1, 16), random_moment(16))
     second = replace(first, name="other", weight_OI=random_weight(3, 16))
@@ -54,8 +54,8 @@ def test_rows_that_were_solved_apart_are_put_where_they_belong(solver: str, dtyp
     """Every other head, the rest backwards, and one row between them: as the rows of a fused linear lie."""
     whole = problem(random_weight(11, 48), random_moment(48), bits=3, group_size=16, search="walk", dtype=dtype)
     places = [torch.tensor([0, 1, 6, 7]), torch.tensor([10, 9, 3, 2]), torch.tensor([8]), torch.tensor([4, 5])]
-    parts = [(rows, SOLVERS[solver](replace(whole, weight_OI=whole.weight_OI[rows]))) for rows in places]
-    found, expected = put_together(parts), SOLVERS[solver](whole)
+    parts = [(rows, METHODS[solver].solver(replace(whole, weight_OI=whole.weight_OI[rows]))) for rows in places]
+    found, expected = put_together(parts), METHODS[solver].solver(whole)
     for rows, part in parts:
         assert torch.equal(found.weight.codes_OI[rows], part.weight.codes_OI)
         assert torch.equal(found.weight.dequantize()[rows], part.weight.dequantize())
@@ -74,7 +74,9 @@ def test_rows_that_were_solved_apart_are_put_where_they_belong(solver: str, dtyp
 
 def test_what_parts_say_is_said_once_and_the_worst_of_them_counts() -> None:
     whole = problem(random_weight(5, 16), random_moment(16))
-    first, second = (SOLVERS["rtn"](replace(whole, weight_OI=whole.weight_OI[rows])) for rows in ([0, 4], [3, 1, 2]))
+    first, second = (
+        METHODS["rtn"].solver(replace(whole, weight_OI=whole.weight_OI[rows])) for rows in ([0, 4], [3, 1, 2])
+    )
     first = replace(first, notes=("same", "first"), seconds=1.0, damp_ratio_used=0.01, num_dead_inputs=2)
     second = replace(second, notes=("second", "same"), seconds=2.0, damp_ratio_used=0.1, num_dead_inputs=1)
     found = put_together([(torch.tensor([0, 4]), first), (torch.tensor([3, 1, 2]), second)])
@@ -86,7 +88,7 @@ def test_what_parts_say_is_said_once_and_the_worst_of_them_counts() -> None:
 def test_losses_of_coupled_rows_stay_while_rows_stand_as_they_were_solved(rows: list[int], is_kept: bool) -> None:
     heads_NDD = torch.stack([random_moment(2, seed=seed) for seed in (1, 2)])
     coupled = replace(problem(random_weight(4, 16), random_moment(16)), output_moment_NDD=heads_NDD)
-    solution = SOLVERS["attention_aware"](coupled)
+    solution = METHODS["attention_aware"].solver(coupled)
     assert solution.coupled is not None
     found = put_together([(torch.tensor(rows), solution)])
     assert (found.coupled is solution.coupled) == is_kept
