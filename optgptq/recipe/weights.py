@@ -98,7 +98,8 @@ class BinaryRecipe(Section):
 
     intermediate_bits: Annotated[int, Field(strict=True, ge=3, le=6)] | None = Field(
         default=None,
-        description="width of the whole numbers among which levels are searched; null: 2 more, at most 5 (steps: 1 more)",
+        description="width of the whole numbers among which levels are searched; null: 2 more than bits, at most 5; "
+        "1 more where coefficients are steps",
     )
     weighting: CodeWeighting = Field(
         default="pivot",
