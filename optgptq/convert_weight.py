@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 
 from optgptq.affine_weight import AffineWeight
-from optgptq.binary_weight import BinaryWeight, FloatCoefficients
+from optgptq.binary_weight import BinaryWeight
+from optgptq.coefficients import FloatCoefficients
 from optgptq.errors import TargetError
 from optgptq.formats.base import CheckpointFormat
 from optgptq.formats.consumers import require_planes

@@ -22,7 +22,7 @@ from optgptq.models.registry import model_spec
 from optgptq.quantize import QuantizeResult, quantize
 from optgptq.recipe.calibration import CalibrationRecipe
 from optgptq.recipe.loading import load_recipe
-from optgptq.recipe.records import AttentionRecipe, ExportRecipe, Recipe
+from optgptq.recipe.records import AttentionRecipe, ExportRecipe, Recipe, TransformRecipe
 from optgptq.recipe.weights import BINARY_METHODS, BinaryRecipe, Method, WeightRecipe
 from optgptq.reports.inspect import inspect_checkpoint
 from optgptq.runtime.load import load_model
@@ -124,8 +124,18 @@ def test_what_is_stored_is_what_runs(bits: int, coefficients: str, models: dict[
     assert torch.allclose(dense, packed, rtol=1e-4, atol=1e-3)
 
 
+def test_rotated_weights_in_binary_codes(models: dict[str, Path], tmp_path: Path) -> None:
+    plain = binary_recipe(method="attention_aware_binary")
+    rotated = plain.model_copy(
+        update={"transform": TransformRecipe(residual_rotation="hadamard", value_rotation="hadamard", seed=3)}
+    )
+    result = quantize(models["wide"], rotated, tmp_path / "out")
+    is_whole(result, models["wide"], "attention_aware_binary")
+    assert bool(torch.isfinite(load_model(result.output).hidden(TOKENS)).all())
+
+
 def test_published_gptqt_has_one_code_per_row_in_float16(models: dict[str, Path], tmp_path: Path) -> None:
-    recipe = binary_recipe(method="gptqt", target_shift="off", order="natural", binary={"coefficients": "int8"})
+    recipe = binary_recipe(method="gptqt", target_shift="off", order="natural", binary={"refits": 3, "sweeps": 3})
     result = quantize(models["wide"], recipe, tmp_path / "out")
     is_whole(result, models["wide"], "gptqt")
     for weight in decoded(result.output).values():
@@ -189,6 +199,10 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_read(
         (["weights.scale_refit=true"], "weights.scale_refit"),
         (["weights.code_sweeps=2"], "weights.code_sweeps"),
         (["weights.group_grids=static"], "weights.group_grids"),
+        (["weights.symmetric=false"], "weights.symmetric"),
+        (["weights.grid_search=mse"], "weights.grid_search"),
+        (["weights.method=gptqt", "binary.refits=5"], "binary.refits"),
+        (["weights.method=gptqt", "binary.coefficients=int8", "binary.weighting=none"], "binary.weighting"),
         (["weights.target_shift=gptaq", "weights.shift_strength=0.25"], "weights.target_shift"),
     ],
 )

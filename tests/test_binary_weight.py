@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.binary_weights import STORAGES, plane_layout, random_binary, same_binary, slow_dense
 
-from optgptq.binary_weight import BinaryWeight, ByteCoefficients, FloatCoefficients, StepCoefficients
+from optgptq.binary_weight import BinaryWeight
+from optgptq.coefficients import ByteCoefficients, FloatCoefficients, StepCoefficients
 from optgptq.layout import CoefficientStorage
 
 

@@ -12,7 +12,8 @@ from support.binary_weights import plane_layout, random_binary, with_floats
 from support.checkpoints import random_weight, same_weight
 
 from optgptq.affine_weight import AffineWeight
-from optgptq.binary_weight import BinaryWeight, FloatCoefficients
+from optgptq.binary_weight import BinaryWeight
+from optgptq.coefficients import FloatCoefficients
 from optgptq.convert_weight import affine_weight, binary_weight, weight_for
 from optgptq.errors import ExitCode, TargetError
 from optgptq.formats import FORMATS

@@ -68,5 +68,5 @@ def stored_bits_per_weight(output: Path) -> tuple[float, int]:
             continue
         weight = form.decode(folder, layout)
         num_bits += weight.stored_bits(zero_points_stored=not layout.symmetric)
-        num_weights += weight.codes_OI.numel()
+        num_weights += weight.out_features * weight.in_features
     return num_bits / num_weights, num_weights

@@ -11,14 +11,14 @@ import torch
 
 from optgptq.errors import TargetError
 from optgptq.layout import LinearLayout
+from optgptq.packing.planes import COLUMNS_PER_WORD
 
 GPTQ_BITS = (2, 3, 4, 8)
 MARLIN_BITS = (4, 8)
 MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
 TILE = 32
 PLANE_BITS = range(1, 5)
-# Columns that share a word of a sign plane; groups begin at words.
-WORD_COLUMNS = 32
+ONE_KIND = "A checkpoint holds uniform grids or binary codes, not both"
 
 
 def check_gptq(layouts: Sequence[LinearLayout], *, version: int, scale_dtype: torch.dtype) -> tuple[str, ...]:
@@ -116,30 +116,33 @@ def require_planes(layout: LinearLayout) -> None:
             layout.name,
             expected="binary codes",
             found="a uniform grid",
-            action="Use another export.format, or a method that makes binary codes.",
+            action=f"{ONE_KIND}: give every linear that is quantized a method that makes binary codes, or give none "
+            "one and use another export.format.",
         )
     if layout.bits not in PLANE_BITS:
         raise TargetError(
             layout.name,
             expected=f"{PLANE_BITS[0]} to {PLANE_BITS[-1]} bits",
             found=str(layout.bits),
-            action="Choose another width, or another export.format.",
+            action="In a recipe, choose another width, or another export.format; a checkpoint that is quantized keeps "
+            "its width, so keep its layout.",
         )
     columns, group_size = layout.in_features, layout.group_size
     whole_rows = group_size in (-1, columns)
-    if not whole_rows and (group_size % WORD_COLUMNS or columns % group_size):
+    if not whole_rows and (group_size % COLUMNS_PER_WORD or columns % group_size):
         raise TargetError(
             layout.name,
-            expected=f"a group size of -1, or a multiple of {WORD_COLUMNS} that divides its {columns} columns",
+            expected=f"a group size of -1, or a multiple of {COLUMNS_PER_WORD} that divides its {columns} columns",
             found=str(group_size),
-            action=f"Choose group size {_nearest_group_size(columns, group_size)} for it, or keep it dense, "
-            "by a rule in weights.rules.",
+            action=f"In a recipe, choose group size {_nearest_group_size(columns, group_size)} for it, or keep it "
+            "dense, by a rule in weights.rules; a checkpoint that is quantized keeps its groups, so keep its layout or "
+            "quantize the dense model.",
         )
 
 
 def _nearest_group_size(columns: int, wanted: int) -> int:
     """Return the allowed group size nearest to `wanted`, the smaller of two; -1 where only whole rows are allowed."""
-    allowed = [size for size in range(WORD_COLUMNS, columns, WORD_COLUMNS) if columns % size == 0]
+    allowed = [size for size in range(COLUMNS_PER_WORD, columns, COLUMNS_PER_WORD) if columns % size == 0]
     return min(allowed, key=lambda size: (abs(size - wanted), size), default=-1)
 
 
@@ -153,7 +156,7 @@ def _require_sound(layouts: Sequence[LinearLayout], *, bits: Sequence[int]) -> l
                 layout.name,
                 expected="a uniform grid",
                 found="binary codes",
-                action="Use export.format=optgptq for them.",
+                action=f"Use export.format=optgptq for them. {ONE_KIND}: no other linear may have a uniform grid.",
             )
         if layout.bits not in bits:
             raise TargetError(

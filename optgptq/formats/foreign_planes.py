@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 
-from optgptq.binary_weight import BinaryWeight, FloatCoefficients
+from optgptq.binary_weight import BinaryWeight
 from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
 from optgptq.checkpoint.writer import TensorEntry
+from optgptq.coefficients import FloatCoefficients
 from optgptq.errors import FormatError, TargetError
-from optgptq.formats.consumers import WORD_COLUMNS
 from optgptq.formats.naming import with_engine_names
 from optgptq.formats.plane_tensors import planes_stored_bits, read_codes, require_sound
 from optgptq.formats.tensors import SCALE_DTYPES, columns_per_group, require_bits, require_tensor
 from optgptq.layout import LinearLayout
 from optgptq.normal_form import normal_form
+from optgptq.packing.planes import COLUMNS_PER_WORD
 from optgptq.quantized_weight import QuantizedWeight
 
 MAX_PLANES = 8
@@ -80,7 +81,9 @@ class ForeignPlanes:
         raise self._read_only()
 
     def read_layouts(self, folder: CheckpointFolder) -> tuple[LinearLayout, ...]:
-        return with_engine_names(folder, [self._read_layout(folder, name) for name in self._linears(folder)])
+        names = self._linears(folder)
+        self._require_nothing_left(folder, names)
+        return with_engine_names(folder, [self._read_layout(folder, name) for name in names])
 
     def decode(self, folder: CheckpointFolder, layout: LinearLayout) -> BinaryWeight:
         name, bits = layout.name, require_bits(layout)
@@ -133,7 +136,7 @@ class ForeignPlanes:
     def _read_layout(self, folder: CheckpointFolder, name: str) -> LinearLayout:
         """Return the layout of one linear, all of it told by shapes, which are checked."""
         words, planes, rows = require_tensor(folder, f"{name}.{self.planes}", dtypes=("I32",)).shape
-        bits, columns = self._precisions(folder, name)[-1], words * WORD_COLUMNS
+        bits, columns = self._precisions(folder, name)[-1], words * COLUMNS_PER_WORD
         coefficients = f"{name}.{self.coefficients.format(bits)}"
         stored = require_tensor(folder, coefficients, dtypes=SCALE_DTYPES).shape
         groups = stored[0] if stored else 0

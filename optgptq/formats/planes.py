@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from optgptq.binary_weight import BinaryWeight, ByteCoefficients, Coefficients, FloatCoefficients, StepCoefficients
+from optgptq.binary_weight import BinaryWeight
 from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
 from optgptq.checkpoint.writer import TensorEntry
+from optgptq.coefficients import ByteCoefficients, Coefficients, FloatCoefficients, StepCoefficients
 from optgptq.errors import FormatError
-from optgptq.formats.consumers import WORD_COLUMNS, check_planes, require_planes
+from optgptq.formats.consumers import check_planes, require_planes
 from optgptq.formats.naming import with_engine_names
 from optgptq.formats.plane_tensors import planes_stored_bits, read_codes, require_sound
 from optgptq.formats.planes_config import PlaneSettings, planes_config, read_planes_config
@@ -30,7 +31,7 @@ from optgptq.formats.tensors import (
     require_tensor,
 )
 from optgptq.layout import CoefficientStorage, LinearLayout
-from optgptq.packing.planes import pack_planes, words_per_plane
+from optgptq.packing.planes import COLUMNS_PER_WORD, pack_planes, words_per_plane
 from optgptq.quantized_weight import QuantizedWeight
 
 PLANES = "bcq_planes"
@@ -179,7 +180,7 @@ def _read_layout(folder: CheckpointFolder, settings: PlaneSettings, name: str) -
     """Return the layout of one linear, with the shapes of all its tensors checked."""
     info = require_tensor(folder, f"{name}.{PLANES}", dtypes=("I32",))
     words, planes, rows = info.shape if len(info.shape) == 3 else (0, 0, 0)
-    columns = words * WORD_COLUMNS if settings.in_features is None else settings.in_features
+    columns = words * COLUMNS_PER_WORD if settings.in_features is None else settings.in_features
     layout = LinearLayout(
         name=name,
         out_features=rows,
@@ -197,10 +198,11 @@ def _read_layout(folder: CheckpointFolder, settings: PlaneSettings, name: str) -
             found=str(list(info.shape)),
             action="Check quantization_config: it contradicts the stored tensors.",
         )
-    if settings.group_size != -1 and (settings.group_size % WORD_COLUMNS or columns % settings.group_size):
+    whole_rows = settings.group_size in (-1, columns)
+    if not whole_rows and (settings.group_size % COLUMNS_PER_WORD or columns % settings.group_size):
         raise FormatError(
             f"{folder.path}, linear {name}",
-            expected=f"a group size that is a multiple of {WORD_COLUMNS} and divides its {columns} columns",
+            expected=f"a group size that is a multiple of {COLUMNS_PER_WORD} and divides its {columns} columns",
             found=str(settings.group_size),
             action="Check quantization_config: it contradicts the stored tensors.",
         )

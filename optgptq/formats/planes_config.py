@@ -9,8 +9,9 @@ from typing import Any, cast, get_args
 
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import FormatError, TargetError
-from optgptq.formats.consumers import PLANE_BITS, WORD_COLUMNS
+from optgptq.formats.consumers import PLANE_BITS
 from optgptq.layout import CoefficientStorage, LinearLayout
+from optgptq.packing.planes import COLUMNS_PER_WORD
 
 QUANT_METHOD = "optgptq"
 VERSION = 1
@@ -127,9 +128,8 @@ def _read_settings(content: Mapping[str, Any], where: str) -> PlaneSettings:
 def _settings_of(layout: LinearLayout) -> PlaneSettings:
     assert layout.bits is not None
     assert layout.coefficients is not None
-    padded = layout.in_features % WORD_COLUMNS != 0
-    group_size = -1 if layout.group_size == layout.in_features else layout.group_size
-    return PlaneSettings(layout.bits, group_size, layout.coefficients, layout.in_features if padded else None)
+    padded = layout.in_features % COLUMNS_PER_WORD != 0
+    return PlaneSettings(layout.bits, layout.group_size, layout.coefficients, layout.in_features if padded else None)
 
 
 def _differences(settings: PlaneSettings, base: PlaneSettings) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from optgptq.binary_weight import BinaryWeight
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.safetensors_header import TensorInfo
 from optgptq.errors import FormatError, TargetError
+from optgptq.formats.consumers import ONE_KIND
 from optgptq.layout import LinearLayout
 from optgptq.quantized_weight import QuantizedWeight
 
@@ -63,7 +64,7 @@ def require_affine(layout: LinearLayout, weight: QuantizedWeight) -> AffineWeigh
             layout.name,
             expected="a uniform grid",
             found="binary codes",
-            action="Use export.format=optgptq for them.",
+            action=f"Use export.format=optgptq for them. {ONE_KIND}.",
         )
     return weight
 
@@ -75,7 +76,7 @@ def require_binary(layout: LinearLayout, weight: QuantizedWeight) -> BinaryWeigh
             layout.name,
             expected="binary codes",
             found="a uniform grid",
-            action="Use another export.format, or a method that makes binary codes.",
+            action=f"Use another export.format, or a method that makes binary codes. {ONE_KIND}.",
         )
     return weight
 

@@ -16,6 +16,7 @@ import torch
 
 from optgptq.errors import FormatError
 
+# That of `optgptq.packing.planes`, which makes the words; kernels and packing do not import each other.
 COLUMNS_PER_WORD = 32
 # Kernels take up to four words of a group, 128 columns, in one step.
 WORDS_PER_STEP = 4
@@ -44,14 +45,17 @@ class PackedBinary:
 
     @property
     def out_features(self) -> int:
+        """Rows `O`."""
         return self.planes_WPO.shape[2]
 
     @property
     def bits(self) -> int:
+        """Planes `P`."""
         return self.planes_WPO.shape[1]
 
     @property
     def num_groups(self) -> int:
+        """Groups `G` of a row."""
         return self.offset_GO.shape[0]
 
     @property
@@ -85,22 +89,27 @@ class PackedBinary:
         return x if self.column_order_I is None else x.index_select(-1, self.column_order_I)
 
 
+def fits_words(in_features: int, group_size: int) -> bool:
+    """True if no word has columns of two groups, so that kernels can multiply with the planes."""
+    return group_size >= in_features or group_size % COLUMNS_PER_WORD == 0
+
+
 def words_per_group(in_features: int, group_size: int) -> int:
     """Return how many words a group takes in one plane.
 
     Raises:
-        FormatError: the border of two groups is inside a word.
+        FormatError: not `fits_words`.
     """
-    if group_size >= in_features:
-        words = -(-in_features // COLUMNS_PER_WORD)
-        return -(-words // WORDS_PER_STEP) * WORDS_PER_STEP
-    if group_size % COLUMNS_PER_WORD:
+    if not fits_words(in_features, group_size):
         raise FormatError(
             "sign planes in memory",
             expected=f"groups of a multiple of {COLUMNS_PER_WORD} columns, or one group for a row",
             found=f"groups of {group_size} columns in rows of {in_features}",
-            action="Load the model with dense weights, which have no such rule.",
+            action="Multiply with the weight's dequantize(), as load_model does for such groups.",
         )
+    if group_size >= in_features:
+        words = -(-in_features // COLUMNS_PER_WORD)
+        return -(-words // WORDS_PER_STEP) * WORDS_PER_STEP
     return group_size // COLUMNS_PER_WORD
 
 

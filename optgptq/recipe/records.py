@@ -6,6 +6,7 @@ depends on the model (rules that match nothing, groups that do not divide) is ch
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StrictBool, StrictStr, model_validator
@@ -17,6 +18,8 @@ from optgptq.recipe.weights import BINARY_METHODS, BinaryRecipe, WeightRecipe
 AttentionRows = Literal["off", "pooled", "softmax"]
 RowOrder = Literal["natural", "activation"]
 Rotation = Literal["none", "hadamard", "random"]
+# What means something on uniform grids alone.
+UNIFORM_ONLY = ("symmetric", "grid_search", "scale_refit", "code_sweeps", "group_grids")
 FormatName = Literal["gptq", "gptq_v2", "compressed-tensors", "optgptq"]
 
 
@@ -135,16 +138,25 @@ class Recipe(Section):
                     found=f"{bits} bits with intermediate_bits {intermediate}",
                     action="Choose fewer bits or another method, or leave binary.intermediate_bits out.",
                 )
-        unused = {"scale_refit": False, "code_sweeps": 0, "group_grids": "dynamic"}
-        for field, value in unused.items() if binary else ():
-            if getattr(weights, field) != value:
-                raise impossible(
-                    f"weights.{field}",
-                    expected=f"{value} where codes are sums of signs, which binary.refits and binary.sweeps improve",
-                    found=f"{getattr(weights, field)} with a method of binary codes",
-                    action=f"Leave weights.{field} out, or choose another method.",
-                )
+        if binary:
+            _require_defaults("weights", weights, UNIFORM_ONLY, why="where codes are sums of signs (section binary)")
+        if {method for _, method, _ in asked} & BINARY_METHODS == {"gptqt"}:
+            fields = [field for field in BinaryRecipe.model_fields if field != "intermediate_bits"]
+            _require_defaults("binary", self.binary, fields, why="for GPTQT as published")
         return self
+
+
+def _require_defaults(section: str, values: Section, fields: Iterable[str], *, why: str) -> None:
+    """Raise where a field that the methods do not look at was changed."""
+    for field in fields:
+        expected, found = type(values).model_fields[field].default, getattr(values, field)
+        if found != expected:
+            raise impossible(
+                f"{section}.{field}",
+                expected=f"{expected} {why}",
+                found=f"{found}",
+                action=f"Leave {section}.{field} out, or choose another method.",
+            )
 
 
 def _can_be_gptaq(weights: WeightRecipe) -> bool:

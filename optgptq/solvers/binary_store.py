@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from optgptq.binary_weight import BinaryWeight, ByteCoefficients, FloatCoefficients, StepCoefficients
+from optgptq.binary_weight import BinaryWeight
+from optgptq.coefficients import ByteCoefficients, FloatCoefficients, StepCoefficients
 from optgptq.normal_form import normal_form
 from optgptq.solvers.levels import nearest_level
 

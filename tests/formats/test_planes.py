@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from support.binary_weights import STORAGES, plane_layout, random_binary, same_binary
 from support.checkpoints import random_weight, write_linears, write_tensors
 
-from optgptq.binary_weight import BinaryWeight, ByteCoefficients, FloatCoefficients, StepCoefficients
+from optgptq.binary_weight import BinaryWeight
 from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.coefficients import ByteCoefficients, FloatCoefficients, StepCoefficients
 from optgptq.errors import ExitCode, FormatError, TargetError
 from optgptq.formats import FORMATS, detect
 from optgptq.formats.planes import PLANES_FORMAT

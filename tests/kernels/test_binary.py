@@ -12,7 +12,8 @@ from support.live_bytes import LiveBytes
 from support.packed_binaries import binary_weight, slow_product
 
 from optgptq import kernels
-from optgptq.binary_weight import BinaryWeight, ByteCoefficients, FloatCoefficients, StepCoefficients
+from optgptq.binary_weight import BinaryWeight
+from optgptq.coefficients import ByteCoefficients, FloatCoefficients, StepCoefficients
 from optgptq.errors import FormatError
 from optgptq.kernels import choose_binary_matmul
 from optgptq.kernels.binary import binary_matmul, binary_matmul_literal

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from optgptq.binary_weight import BinaryWeight, ByteCoefficients, Coefficients, FloatCoefficients, StepCoefficients
+from optgptq.binary_weight import BinaryWeight
+from optgptq.coefficients import ByteCoefficients, Coefficients, FloatCoefficients, StepCoefficients
 from optgptq.layout import CoefficientStorage, LinearLayout
 
 STORAGES: tuple[CoefficientStorage, ...] = ("float", "int8", "steps")
