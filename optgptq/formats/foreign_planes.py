@@ -81,9 +81,8 @@ class ForeignPlanes:
         raise self._read_only()
 
     def read_layouts(self, folder: CheckpointFolder) -> tuple[LinearLayout, ...]:
-        names = self._linears(folder)
-        self._require_nothing_left(folder, names)
-        return with_engine_names(folder, [self._read_layout(folder, name) for name in names])
+        self._require_whole(folder)
+        return with_engine_names(folder, [self._read_layout(folder, name) for name in self._linears(folder)])
 
     def decode(self, folder: CheckpointFolder, layout: LinearLayout) -> BinaryWeight:
         name, bits = layout.name, require_bits(layout)
@@ -116,6 +115,47 @@ class ForeignPlanes:
         if len(precisions) < 2:
             return ()
         return (f"it holds precisions of {', '.join(map(str, precisions))} bits; the highest is read",)
+
+    def _require_whole(self, folder: CheckpointFolder) -> None:
+        """Raise FormatError where only a part of a linear is there: it would pass for dense tensors, and be copied."""
+        present: dict[str, str] = {}
+        suffixes = frozenset(self.suffixes)
+        for tensor in sorted(folder.tensors):
+            name, _, suffix = tensor.rpartition(".")
+            if suffix in suffixes:
+                present.setdefault(name, tensor)
+        for name, tensor in present.items():
+            missing = self._missing(folder, name)
+            if missing is not None:
+                raise FormatError(
+                    f"{folder.path}, tensor {missing}",
+                    expected=f"planes, coefficients and offsets beside each other in a checkpoint of {self.name}",
+                    found=f"no such tensor beside {tensor}",
+                    action="Get the checkpoint again: a part of this linear is missing.",
+                )
+
+    def _missing(self, folder: CheckpointFolder, name: str) -> str | None:
+        """Return a tensor that linear `name` lacks; the shape of its planes must be that of planes."""
+        planes = f"{name}.{self.planes}"
+        if planes not in folder.tensors:
+            return planes
+        info = require_tensor(folder, planes, dtypes=("I32",))
+        if len(info.shape) != 3:
+            raise FormatError(
+                f"{folder.path}, tensor {planes}",
+                expected=f"[words, planes, rows] in a checkpoint of {self.name}",
+                found=str(list(info.shape)),
+                action="Convert the checkpoint with the tool that made it: its linears are in several layouts.",
+            )
+        beside = [suffix for suffix in (self.coefficients, self.offsets) if suffix is not None]
+        for number in range(1, MAX_PLANES + 1):
+            wanted = [f"{name}.{suffix.format(number)}" for suffix in beside]
+            lacking = [tensor for tensor in wanted if tensor not in folder.tensors]
+            if lacking and len(lacking) < len(wanted):
+                return lacking[0]
+        if self._precisions(folder, name):
+            return None
+        return f"{name}.{self.coefficients.format(min(max(info.shape[1], 1), MAX_PLANES))}"
 
     def _linears(self, folder: CheckpointFolder) -> list[str]:
         names = [name.removesuffix(f".{self.planes}") for name in folder.tensors if name.endswith(f".{self.planes}")]

@@ -15,7 +15,7 @@ import torch
 from optgptq.affine_weight import AffineWeight
 from optgptq.binary_weight import BinaryWeight
 from optgptq.kernels import KernelChoice, Matmul, choose_affine_matmul, choose_binary_matmul
-from optgptq.kernels.packed_binary import PackedBinary, arrange_codes
+from optgptq.kernels.packed_binary import PackedBinary, arrange_codes, fits_words
 from optgptq.packing.planes import pack_planes
 
 Weight = TypeVar("Weight")
@@ -43,7 +43,7 @@ def pack_binary(weight: BinaryWeight) -> PackedBinary:
     """Return the weight with one bit for each plane and weight, on its device, for kernels.
 
     Raises:
-        FormatError: the border of two groups is inside a word of 32 columns.
+        FormatError: the border of two groups is inside a word of 32 columns (not `fits_words`).
     """
     alpha_OGP, offset_OG = weight.coefficients.values()
     narrow = all(torch.equal(values.to(torch.float16).to(torch.float32), values) for values in (alpha_OGP, offset_OG))
@@ -65,17 +65,23 @@ class HeldKind:
 
     Attributes:
         hold: turns the decoded weight into what the kernel takes.
+        fits: True if a kernel can multiply with the decoded weight; otherwise it is held dense.
         choose: returns the kernel for a device and a dtype.
     """
 
     hold: Callable[[Any], Any]
+    fits: Callable[[Any], bool]
     choose: Callable[[torch.device, torch.dtype], KernelChoice[Any]]
 
 
 # A new kind of weight is one line here.
 HELD_KINDS: Mapping[type, HeldKind] = MappingProxyType(
     {
-        AffineWeight: HeldKind(hold=lambda weight: weight, choose=choose_affine_matmul),
-        BinaryWeight: HeldKind(hold=pack_binary, choose=choose_binary_matmul),
+        AffineWeight: HeldKind(hold=lambda weight: weight, fits=lambda weight: True, choose=choose_affine_matmul),
+        BinaryWeight: HeldKind(
+            hold=pack_binary,
+            fits=lambda weight: fits_words(weight.in_features, weight.group_size),
+            choose=choose_binary_matmul,
+        ),
     }
 )

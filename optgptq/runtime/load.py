@@ -42,7 +42,8 @@ def load_model(
         dtype: dtype of activations and dense weights.
         device: where everything is put.
         weights: `dense` decodes quantized linears once, which is the fastest for long inputs; `quantized` keeps codes
-            or sign planes in memory and multiplies with a kernel. Dense checkpoints are the same in both.
+            or sign planes in memory and multiplies with a kernel; a linear that no kernel takes is decoded, with a
+            warning. Dense checkpoints are the same in both.
         kernel: takes the place of the kernel that would be chosen; for tests.
 
     Raises:
@@ -56,18 +57,30 @@ def load_model(
     linears = {linear.name: linear for linear in model_linears(model_spec(folder))}
     _require_known(folder, layouts, linears)
     kernels = _Kernels(device=torch.device(device), dtype=dtype, replacement=kernel)
+    unfit: list[str] = []
 
     def supply(name: str) -> LinearLike | None:
         if name not in layouts:
             return None
         weight = _decode(folder, form, layouts[name], linears[name])
         bias_O = _read_bias(folder, linears[name], dtype=dtype, device=device)
-        if weights == "dense":
-            return Linear(weight.dequantize(dtype).to(device), bias_O)
-        held = HELD_KINDS[type(weight)].hold(weight)
-        return QuantLinear(weight=held.to(device), bias_O=bias_O, kernel=kernels.of(type(weight)))
+        kind = HELD_KINDS[type(weight)]
+        if weights == "quantized" and kind.fits(weight):
+            return QuantLinear(weight=kind.hold(weight).to(device), bias_O=bias_O, kernel=kernels.of(type(weight)))
+        if weights == "quantized":
+            unfit.append(name)
+        return Linear(weight.dequantize(dtype).to(device), bias_O)
 
-    return load_decoder(folder, dtype=dtype, device=device, supply_linear=supply, supplied=tuple(layouts))
+    decoder = load_decoder(folder, dtype=dtype, device=device, supply_linear=supply, supplied=tuple(layouts))
+    if unfit:
+        logger.warning(
+            "linears that are held dense: %d, %s first; no kernel multiplies with sign planes whose groups of %d "
+            "columns begin inside a word",
+            len(unfit),
+            unfit[0],
+            layouts[unfit[0]].group_size,
+        )
+    return decoder
 
 
 @dataclass(slots=True, kw_only=True)

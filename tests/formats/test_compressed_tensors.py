@@ -10,7 +10,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import mixed_story_layouts, random_weight, same_weight, story_layouts, write_linears
 
@@ -67,6 +67,7 @@ def test_the_library_decodes_the_same_weight(bits: int, group_size: int, symmetr
     assert torch.equal(decoded, weight.dequantize())
 
 
+@settings(deadline=None)
 @given(
     bits=st.integers(1, 8),
     rows=st.integers(1, 40),

@@ -9,6 +9,7 @@ import torch
 from support.checkpoints import write_tensors
 
 from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.convert import convert
 from optgptq.errors import ExitCode, FormatError, TargetError
 from optgptq.formats import READ_ONLY_FORMATS, detect
 from optgptq.formats.verify import verify_folder
@@ -16,6 +17,7 @@ from optgptq.packing.planes import pack_planes
 from optgptq.reports.inspect import inspect_checkpoint
 
 NAME = "model.layers.0.mlp.down_proj"
+OTHER = "model.layers.0.mlp.up_proj"
 ROWS, COLUMNS, GROUPS = 5, 96, 3
 
 
@@ -133,7 +135,7 @@ def test_one_group_spans_the_row(tmp_path: Path) -> None:
         ("lut-gemm", "alpha", torch.ones(3, 2, ROWS), f"tensor {NAME}.alpha"),
         ("lut-gemm", "q_bias", torch.ones(2, ROWS), f"tensor {NAME}.q_bias"),
         ("lut-gemm", "binary", torch.ones(3, 3, ROWS), f"tensor {NAME}.binary"),
-        ("anybcq", "alpha_5", torch.ones(3, 5, ROWS), "tensors of"),
+        ("anybcq", "alpha_3", torch.ones(3, 4, ROWS), f"tensor {NAME}.alpha_3"),
         ("bpdq", "c", torch.ones(3, 2, ROWS), f"tensor {NAME}.c"),
     ],
 )
@@ -144,6 +146,59 @@ def test_shapes_that_do_not_fit(tmp_path: Path, name: str, suffix: str, tensor: 
         READ_ONLY_FORMATS[name].read_layouts(checkpoint)
     assert where in caught.value.where
     assert caught.value.exit_code == ExitCode.INPUT
+
+
+def test_more_coefficients_than_planes(tmp_path: Path) -> None:
+    tensors, _ = anybcq()
+    more = {"alpha_5": torch.ones(3, 5, ROWS), "beta_5": torch.ones(3, ROWS)}
+    with pytest.raises(FormatError, match="tensors of"):
+        READ_ONLY_FORMATS["anybcq"].read_layouts(written(tmp_path, {**tensors, **more}))
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "missing"),
+    [
+        ("lut-gemm", ["binary"], "alpha"),
+        ("lut-gemm", ["binary", "alpha"], "q_bias"),
+        ("lut-gemm", ["binary", "q_bias"], "alpha"),
+        ("lut-gemm", ["alpha"], "binary"),
+        ("lut-gemm", ["alpha", "q_bias"], "binary"),
+        ("anybcq", ["qweight"], "alpha_4"),
+        ("anybcq", ["qweight", "alpha_2", "beta_2", "beta_3"], "alpha_3"),
+        ("anybcq", ["qweight", "alpha_2", "alpha_3", "beta_3"], "beta_2"),
+        ("anybcq", ["beta_3"], "qweight"),
+        ("bpdq", ["B"], "c"),
+        ("bpdq", ["c"], "B"),
+    ],
+)
+def test_a_linear_of_which_a_part_is_missing_is_refused(
+    tmp_path: Path, name: str, kept: list[str], missing: str
+) -> None:
+    """Beside a whole one, by which the layout is told."""
+    tensors, _ = SAMPLES[name]()
+    named = {f"{NAME}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    named |= {f"{OTHER}.{suffix}": tensors[suffix] for suffix in kept}
+    checkpoint = write_tensors(tmp_path / "in", named, {"model_type": "llama"})
+    assert detect(checkpoint) is READ_ONLY_FORMATS[name]
+    for attempt in (
+        lambda: verify_folder(checkpoint),
+        lambda: convert(checkpoint.path, tmp_path / "out", to="optgptq"),
+    ):
+        with pytest.raises(FormatError, match="no such tensor beside") as caught:
+            attempt()
+        assert caught.value.where.endswith(f"tensor {OTHER}.{missing}")
+        assert caught.value.exit_code == ExitCode.INPUT
+    assert not (tmp_path / "out").exists()
+
+
+def test_planes_of_another_shape_beside_ours_are_refused(tmp_path: Path) -> None:
+    tensors, _ = anybcq()
+    named = {f"{NAME}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    named[f"{OTHER}.qweight"] = torch.zeros(12, ROWS, dtype=torch.int32)
+    checkpoint = write_tensors(tmp_path, named, {"model_type": "llama"})
+    with pytest.raises(FormatError, match=r"\[words, planes, rows\] .*, found \[12, 5\]") as caught:
+        verify_folder(checkpoint)
+    assert caught.value.where.endswith(f"tensor {OTHER}.qweight")
 
 
 def test_damaged_coefficients_are_named(tmp_path: Path) -> None:

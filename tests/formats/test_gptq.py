@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import random_weight, same_weight, write_linears, write_tensors
 
@@ -87,6 +87,7 @@ def test_entries_are_the_encoded_tensors(name: str) -> None:
     assert tensors[f"{NAME}.g_idx"].tolist() == [0] * 32 + [1] * 32 + [2] * 32
 
 
+@settings(deadline=None)
 @given(
     bits=st.sampled_from([2, 3, 4, 8]),
     rows=st.integers(1, 40),

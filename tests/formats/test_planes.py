@@ -120,6 +120,27 @@ def test_columns_that_do_not_fill_words_are_padded_with_zeros(tmp_path: Path) ->
     assert PLANES_FORMAT.read_layouts(checkpoint)[0].in_features == 45
 
 
+@pytest.mark.parametrize(("columns", "group_size"), [(45, 45), (45, -1), (64, 64), (64, -1)])
+def test_a_group_of_a_whole_row_stays_as_it_was_said(tmp_path: Path, columns: int, group_size: int) -> None:
+    layout = plane_layout(columns=columns, group_size=group_size)
+    checkpoint = written(tmp_path, layout, random_binary(layout))
+    assert PLANES_FORMAT.read_layouts(checkpoint)[0].group_size == group_size
+    assert verify_folder(checkpoint).problems == ()
+
+
+def test_planes_may_be_in_any_order(tmp_path: Path) -> None:
+    """The smallest coefficient first: the same weight, with the bits of its codes turned around."""
+    layout = plane_layout(bits=2)
+    weight = random_binary(layout)
+    alpha_OGP, offset_OG = weight.coefficients.tensors()
+    codes_OI = (weight.codes_OI >> 1) | (weight.codes_OI & 1) << 1
+    ascending = replace(weight, codes_OI=codes_OI, coefficients=FloatCoefficients(alpha_OGP.flip(2), offset_OG))
+    checkpoint = written(tmp_path, layout, ascending)
+    assert verify_folder(checkpoint).problems == ()
+    assert same_binary(read_back(checkpoint), ascending)
+    torch.testing.assert_close(read_back(checkpoint).dequantize(), weight.dequantize(), rtol=0, atol=1e-6)
+
+
 def test_only_optgptq_reads_it() -> None:
     (warning,) = PLANES_FORMAT.check([plane_layout()], scale_dtype=torch.float16)
     assert warning.startswith("only optgptq reads this layout: vLLM, SGLang and transformers")
@@ -129,7 +150,7 @@ def test_only_optgptq_reads_it() -> None:
     ("layout", "expected", "action"),
     [
         (plane_layout(bits=5), "1 to 4 bits", "another width"),
-        (replace(plane_layout(), coefficients=None), "binary codes", "a method that makes binary codes"),
+        (replace(plane_layout(), coefficients=None), "binary codes", "uniform grids or binary codes, not both"),
         (plane_layout(columns=384, group_size=180), "multiple of 32 that divides its 384 columns", "group size 192"),
         (plane_layout(columns=384, group_size=160), "multiple of 32 that divides its 384 columns", "group size 128"),
         (plane_layout(columns=64, group_size=96), "multiple of 32 that divides its 64 columns", "group size 32"),
@@ -147,6 +168,8 @@ def test_what_it_cannot_hold_is_refused(layout: LinearLayout, expected: str, act
         assert (caught.value.where, caught.value.exit_code) == (NAME, ExitCode.TARGET)
         assert expected in caught.value.expected
         assert action in caught.value.action
+        # A conversion has no recipe: what it can do is said, too.
+        assert layout.coefficients is None or "keep its layout" in caught.value.action
 
 
 def test_kinds_of_weight_are_not_mixed_up() -> None:

@@ -40,18 +40,20 @@ def test_linears_that_differ_and_dense_ones_are_named(tmp_path: Path) -> None:
     layouts.append(plane_layout(name="a", bits=2, coefficients="int8"))
     layouts.append(plane_layout(name="b", columns=45, group_size=45))
     layouts.append(plane_layout(name="c", columns=64, group_size=64))
+    layouts.append(plane_layout(name="d", columns=64, group_size=-1))
     layouts.append(replace(plane_layout(name="lm_head"), bits=None, coefficients=None))
     config = planes_config(layouts)
     assert config["linears"] == {
         "a": {"bits": 2, "coefficients": "int8"},
-        "b": {"group_size": -1, "in_features": 45},
-        "c": {"group_size": -1},
+        "b": {"group_size": 45, "in_features": 45},
+        "c": {"group_size": 64},
+        "d": {"group_size": -1},
     }
     assert config["dense"] == ["lm_head"]
     found = read(tmp_path, config)
     assert found.settings_for("layers.1.up") == PlaneSettings(3, 32, "float")
     assert found.settings_for("a") == PlaneSettings(2, 32, "int8")
-    assert found.settings_for("b") == PlaneSettings(3, -1, "float", 45)
+    assert found.settings_for("b") == PlaneSettings(3, 45, "float", 45)
     assert found.dense == ("lm_head",)
 
 

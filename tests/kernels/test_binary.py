@@ -117,7 +117,7 @@ def test_a_word_holds_its_columns_so_that_neighbours_are_sixteen_bits_apart():
 
 
 def test_groups_that_end_inside_a_word_are_refused():
-    with pytest.raises(FormatError, match=r"multiple of 32 columns.*groups of 20 columns in rows of 60.*dense weights"):
+    with pytest.raises(FormatError, match=r"multiple of 32 columns.*groups of 20 columns in rows of 60.*dequantize"):
         pack_binary(binary_weight(2, 60, bits=2, group_size=20))
 
 

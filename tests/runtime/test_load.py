@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.binary_weights import random_binary
+from support.binary_weights import plane_layout, random_binary
 from support.checkpoints import mixed_story_layouts, quantize_all, story_layouts, write_checkpoint
 from support.tiny_models import random_tokens
 
@@ -17,10 +17,13 @@ from optgptq.binary_weight import BinaryWeight
 from optgptq.bundled import bundled_path
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import FormatError, ModelError
+from optgptq.kernels import packed_binary
 from optgptq.kernels.binary import binary_matmul
 from optgptq.kernels.packed_binary import PackedBinary
 from optgptq.kernels.reference import affine_matmul
 from optgptq.models.linear import Linear
+from optgptq.packing import planes
+from optgptq.packing.planes import pack_planes
 from optgptq.runtime import load
 from optgptq.runtime.linear import HELD_KINDS, QuantLinear
 from optgptq.runtime.load import load_model
@@ -149,6 +152,41 @@ def test_sign_planes_give_the_logits_of_their_dense_weights(tmp_path):
     assert linear.weight.nbytes * 8 == expected.codes_OI.numel() * (3 + 16 * (3 + 1) / 64)
     tokens_BS = random_tokens(2, 19, vocab_size=1024)
     torch.testing.assert_close(kept.logits(tokens_BS), dense.logits(tokens_BS), rtol=1e-3, atol=1e-3)
+
+
+def test_groups_that_end_inside_a_word_are_held_dense(tmp_path, caplog):
+    """Planes of another project with groups of 16 columns: no kernel takes them, and the model runs all the same."""
+    names = [f"model.layers.{number}.self_attn.o_proj" for number in (1, 3)]
+    folder = tmp_path / "out"
+    shutil.copytree(STORY, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for seed, name in enumerate(names):
+        del tensors[f"{name}.weight"]
+        weight = random_binary(plane_layout(rows=128, columns=128, group_size=16), seed=seed)
+        alpha_OGP, offset_OG = (tensor * 0.05 for tensor in weight.coefficients.tensors())
+        tensors[f"{name}.binary"] = pack_planes(weight.codes_OI, 3)
+        tensors[f"{name}.alpha"] = alpha_OGP.permute(1, 2, 0).contiguous()
+        tensors[f"{name}.q_bias"] = offset_OG.t().contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    with caplog.at_level(logging.INFO, logger="optgptq"):
+        kept = load_model(folder, weights="quantized")
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        (
+            "WARNING",
+            f"linears that are held dense: 2, {names[0]} first; no kernel multiplies with sign planes whose groups of "
+            "16 columns begin inside a word",
+        )
+    ]
+    assert isinstance(kept.layers[1].linears["self_attn.o_proj"], Linear)
+    caplog.clear()
+    tokens_BS = random_tokens(1, 9, vocab_size=1024)
+    assert torch.equal(kept.logits(tokens_BS), load_model(folder).logits(tokens_BS))
+    assert caplog.records == []
+
+
+def test_words_of_kernels_are_those_of_packing():
+    assert packed_binary.COLUMNS_PER_WORD == planes.COLUMNS_PER_WORD
 
 
 def test_the_kernel_for_sign_planes_is_said_once_and_can_be_replaced(tmp_path, caplog):
