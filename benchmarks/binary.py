@@ -90,7 +90,7 @@ def steps(bits: int) -> Iterator[Variant]:
     for name, change in (
         ("+ refits", {"binary.refits": 3}),
         ("+ uniform start", {"binary.uniform_start": True}),
-        ("+ sweeps", {"binary.sweeps": 3}),
+        ("+ sweeps", {"binary.sweeps": 2}),
         ("+ coefficients in bytes", {"binary.coefficients": "int8"}),
         ("one shape per row instead", {"binary.coefficients": "steps"}),
     ):

@@ -119,7 +119,7 @@ def _binary(settings: ResolvedWeight, recipe: BinaryRecipe) -> BinarySettings | 
     intermediate = recipe.intermediate_bits
     return of_method(
         BinarySettings(
-            intermediate_bits=_intermediate_bits(settings.bits, recipe) if intermediate is None else intermediate,
+            intermediate_bits=min(settings.bits + 2, 5) if intermediate is None else intermediate,
             weighting=recipe.weighting,
             uniform_start=recipe.uniform_start,
             refits=recipe.refits,
@@ -171,8 +171,3 @@ def _stored_alike(plan: LinearPlan) -> str:
         return "dense"
     kind = f"symmetric {layout.symmetric}" if layout.coefficients is None else f"coefficients {layout.coefficients}"
     return f"{layout.bits} bits, group_size {layout.group_size}, {kind}"
-
-
-def _intermediate_bits(bits: int, recipe: BinaryRecipe) -> int:
-    """Return the width of the whole numbers: two more bits, one where a row's shape is sought over all its groups."""
-    return max(bits + 1, 4) if recipe.coefficients == "steps" else min(bits + 2, 5)

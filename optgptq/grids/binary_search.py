@@ -89,23 +89,21 @@ def search_tolerance(price_L: torch.Tensor, codes: Codebook) -> float:
     return _TIE[price_L.dtype] * codes.max_number**2 * float(price_L.sum())
 
 
-def find_shapes(
-    weight_GLO: torch.Tensor, price_GL: torch.Tensor, codes: Codebook, factors: Sequence[float]
+def price_shapes(
+    columns_LO: torch.Tensor, price_L: torch.Tensor, codes: Codebook, factors: Sequence[float]
 ) -> torch.Tensor:
-    """Return the shape of each row, int64 `[O]`: the one that costs least over all groups, each at its best scale."""
-    num_shapes, parts = len(codes.steps_SP), []
-    shape_C = codes.shape_C.to(weight_GLO.device)
-    for begin in range(0, weight_GLO.shape[2], _ROWS):
-        part_GLR = weight_GLO[:, :, begin : begin + _ROWS]
-        total_RS = part_GLR.new_zeros(part_GLR.shape[2], num_shapes)
-        for columns_LR, price_L in zip(part_GLR, price_GL, strict=True):
-            best_RS = torch.full_like(total_RS, torch.inf)
-            for factor in factors:
-                cost_RC, _, _ = price_codes(columns_LR, price_L, codes, factor)
-                best_RS.scatter_reduce_(1, shape_C.expand_as(cost_RC), cost_RC, "amin")
-            total_RS += best_RS
-        parts.append(total_RS.argmin(dim=1))
-    return torch.cat(parts)
+    """Return what each shape costs at its best offset and scale, `[S, O]`."""
+    shape_C = codes.shape_C.to(columns_LO.device)
+    best_OS = columns_LO.new_full((columns_LO.shape[1], len(codes.steps_SP)), torch.inf)
+    for factor in factors:
+        cost_OC, _, _ = price_codes(columns_LO, price_L, codes, factor)
+        best_OS.scatter_reduce_(1, shape_C.expand_as(cost_OC), cost_OC, "amin")
+    return best_OS.T
+
+
+def price_room(columns_LO: torch.Tensor, price_L: torch.Tensor, codes: Codebook) -> torch.Tensor:
+    """Return by how much equal costs of each row may differ, `[O]`: `search_tolerance` at the full range."""
+    return search_tolerance(price_L, codes) * _scale(columns_LO, codes.max_number, 1.0)[0].square()
 
 
 def price_codes(

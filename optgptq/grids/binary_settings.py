@@ -32,7 +32,7 @@ class BinarySettings:
     scales: tuple[float, float, float] = (0.3, 1.3, 0.05)
     uniform_start: bool = True
     refits: int = 3
-    sweeps: int = 3
+    sweeps: int = 2
     coefficients: CoefficientStorage = "int8"
 
     @property

@@ -19,7 +19,7 @@ class _SearchCall(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("columns", "price", "factors", "places", "num_offsets")),
-        *((name, ctypes.c_void_p) for name in ("index", "scale", "zero", "cost")),
+        *((name, ctypes.c_void_p) for name in ("shapes", "index", "scale", "zero", "cost", "shape_cost")),
         *((name, ctypes.c_int64) for name in ("columns_stride", "num_columns", "num_rows", "num_factors")),
         *((name, ctypes.c_int64) for name in ("num_shapes", "num_levels", "max_number")),
         *((name, ctypes.c_double) for name in ("smallest_scale", "tolerance")),
@@ -98,21 +98,47 @@ class WalkedLevels:
 
 
 def search_levels(
-    path: str, columns_LO: torch.Tensor, price_L: torch.Tensor, scan: CodeScan
+    path: str, columns_LO: torch.Tensor, price_L: torch.Tensor, scan: CodeScan, *, shape_O: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return code, scale, zero and cost of each row, `[O]`."""
+    """Return code, scale, zero and cost of each row, `[O]`; `shape_O` is the only shape that each row may have."""
+    index_O = torch.empty(columns_LO.shape[1], dtype=torch.int64)
+    scale_O, zero_O, cost_O = columns_LO.new_empty(3, columns_LO.shape[1]).unbind()
+    if shape_O is None:
+        _search(path, columns_LO, price_L, scan, (None, index_O, scale_O, zero_O, cost_O, None))
+        return index_O, scale_O, zero_O, cost_O
+    shape_O = shape_O.to(torch.int64).contiguous()
+    assert shape_O.shape == index_O.shape
+    _search(path, columns_LO, price_L, scan, (shape_O, index_O, scale_O, zero_O, cost_O, None))
+    # What comes back is the offset: a code is that many after the first one of its shape.
+    num_offsets_S = scan.max_number + 1 - scan.level_SK[:, -1]
+    return index_O + (num_offsets_S.cumsum(0) - num_offsets_S)[shape_O], scale_O, zero_O, cost_O
+
+
+def price_shapes(path: str, columns_LO: torch.Tensor, price_L: torch.Tensor, scan: CodeScan) -> torch.Tensor:
+    """Return what each shape costs at its best offset and scale, `[S, O]`."""
+    cost_SO = columns_LO.new_empty(len(scan.level_SK), columns_LO.shape[1])
+    _search(path, columns_LO, price_L, scan, (None, None, None, None, None, cost_SO))
+    return cost_SO
+
+
+def _search(
+    path: str,
+    columns_LO: torch.Tensor,
+    price_L: torch.Tensor,
+    scan: CodeScan,
+    chosen: Sequence[torch.Tensor | None],
+) -> None:
+    """Search for what `chosen` has room for: shapes (an input), then the results in the order of the call."""
     columns_LO, price_L = _rows(columns_LO), price_L.contiguous()
     assert len(price_L) == len(columns_LO)
     assert price_L.dtype == columns_LO.dtype
     factors = torch.tensor(scan.factors, dtype=columns_LO.dtype)
     place_SK, num_offsets_S = _places(scan.level_SK, scan.max_number)
-    index_O = torch.empty(columns_LO.shape[1], dtype=torch.int64)
-    scale_O, zero_O, cost_O = columns_LO.new_empty(3, columns_LO.shape[1]).unbind()
-    tensors = (columns_LO, price_L, factors, place_SK, num_offsets_S, index_O, scale_O, zero_O, cost_O)
+    inputs = _pointers((columns_LO, price_L, factors, place_SK, num_offsets_S))
+    pointers = [None if part is None else part.data_ptr() for part in chosen]
     numbers = (columns_LO.stride(0), *columns_LO.shape, len(factors), *place_SK.shape, scan.max_number)
-    call = _SearchCall(*_pointers(tensors), *numbers, scan.smallest_scale, scan.tolerance)
+    call = _SearchCall(*inputs, *pointers, *numbers, scan.smallest_scale, scan.tolerance)
     _run(_shared().optgptq_binary_search, path, call, columns_LO)
-    return index_O, scale_O, zero_O, cost_O
 
 
 def walk_levels(

@@ -98,8 +98,7 @@ class BinaryRecipe(Section):
 
     intermediate_bits: Annotated[int, Field(strict=True, ge=3, le=6)] | None = Field(
         default=None,
-        description="width of the whole numbers among which levels are searched; null: 2 more than bits, at most 5; "
-        "1 more where coefficients are steps",
+        description="width of the whole numbers among which levels are searched; null: 2 more than bits, at most 5",
     )
     weighting: CodeWeighting = Field(
         default="pivot",
@@ -110,7 +109,7 @@ class BinaryRecipe(Section):
         default=3, strict=True, ge=0, le=100, description="fits of a group's coefficients, each with a new walk"
     )
     sweeps: int = Field(
-        default=3, strict=True, ge=0, le=100, description="rounds of fitting all coefficients and improving all codes"
+        default=2, strict=True, ge=0, le=100, description="rounds of fitting all coefficients and improving all codes"
     )
     coefficients: CoefficientStorage = Field(
         default="int8",

@@ -2,8 +2,8 @@
 
 Order and error feedback are those of `optgptq.solvers.gptq`. A group's levels start from the cheapest binary code over
 whole numbers (`optgptq.grids.binary_search`) and from the cheapest uniform grid, so that a group never costs more than
-with the uniform one. Source: GPTQT (arXiv 2407.02891) for the two steps; what goes beyond it is in
-docs/math/binary-codes.md.
+with the uniform one; where a row has one shape, that holds for uniform shapes (`optgptq.solvers.binary_shapes`).
+Source: GPTQT (arXiv 2407.02891) for the two steps; what goes beyond it is in docs/math/binary-codes.md.
 
 Shapes: `O` rows, `I` columns in the walk's order, `G` groups in the walk's order, `L` columns of a group, `K` levels,
 `B` coefficients, `P` planes.
@@ -18,16 +18,16 @@ from functools import partial
 import torch
 
 from optgptq.binary_weight import BinaryWeight
-from optgptq.grids.binary_search import find_shapes
 from optgptq.grids.codebook import codebook
 from optgptq.grids.search import ErrorPrice
 from optgptq.grids.settings import GridSettings
 from optgptq.solvers.binary_codes import find_codes
 from optgptq.solvers.binary_group import code_group
+from optgptq.solvers.binary_shapes import RowShapes, choose_shapes, uniform_start
 from optgptq.solvers.binary_store import overflow_notes, plane_weight, shape_weight
 from optgptq.solvers.binary_sweep import BinaryRows, byte_units, sweep
 from optgptq.solvers.factor import Factor, damping_notes, factor_problem
-from optgptq.solvers.levels import levels_of, nearest_error, nearest_level, shape_table, sign_table
+from optgptq.solvers.levels import levels_of, nearest_error, nearest_level, sign_table, uniform_coefficients
 from optgptq.solvers.losses import factored_energy
 from optgptq.solvers.problem import LayerProblem, LayerSolution
 from optgptq.solvers.rounding import find_group_grids
@@ -104,11 +104,11 @@ class _Rows:
         self.group_order_G = factor.order_I[:: self.group_size] // self.group_size
         self.codes = codebook(problem.grid.bits, self.binary.intermediate_bits)
         self.uniform = GridSettings(bits=problem.grid.bits, symmetric=False, group_size=self.group_size, search="pivot")
-        self.shape_O = self._shapes() if self.binary.coefficients == "steps" else None
-        if self.shape_O is None:
+        self.shapes = self._shapes() if self.binary.coefficients == "steps" else None
+        if self.shapes is None:
             self.table_KBO = sign_table(problem.grid.bits, self.weight_IO)
         else:
-            self.table_KBO = shape_table(self._steps(self.shape_O).T.to(self.weight_IO.dtype))
+            self.table_KBO = self.shapes.table(self.weight_IO)
         # Sums `sum_i e_i P_ij` over the columns whose errors are known and were handed on so far.
         self.pending_IO = torch.zeros_like(self.weight_IO)
         self.error_IO = torch.empty_like(self.weight_IO)
@@ -165,19 +165,20 @@ class _Rows:
             case "pivot":
                 return upper_LL.diagonal().square()
 
-    def _shapes(self) -> torch.Tensor:
+    def _shapes(self) -> RowShapes:
         """Return the shape of every row, from weights that nothing has moved yet."""
-        num_groups = len(self.group_order_G)
-        blocks = [self._columns(group, group + 1) for group in range(num_groups)]
-        price_GL = torch.stack(
-            [self._price(self.factor.upper_II[block, block], group) for group, block in enumerate(blocks)]
+        blocks = [self._columns(group, group + 1) for group in range(len(self.group_order_G))]
+        uppers_LL = [self.factor.upper_II[block, block] for block in blocks]
+        price_GL = torch.stack([self._price(upper_LL, group) for group, upper_LL in enumerate(uppers_LL)])
+        weight_GLO = self.weight_IO.view(len(blocks), self.group_size, -1)
+        return choose_shapes(
+            weight_GLO,
+            price_GL,
+            self.codes,
+            self.binary.factors,
+            grid=self.uniform if self.binary.uniform_start else None,
+            backend=self.settings.backend,
         )
-        weight_GLO = self.weight_IO.view(num_groups, self.group_size, -1)
-        return find_shapes(weight_GLO, price_GL, self.codes, self.binary.factors)
-
-    def _steps(self, shape_O: torch.Tensor) -> torch.Tensor:
-        """Return the steps of every row, `[O, P]`."""
-        return self.codes.steps_SP.to(shape_O.device)[shape_O]
 
     def _round(self, group: int) -> None:
         columns = self._columns(group, group + 1)
@@ -205,17 +206,22 @@ class _Rows:
         """Return the coefficients `[B, O]` that the walk begins with."""
         current_LO = weight_LO + torch.linalg.solve_triangular(upper_LL.T, pending_LO, upper=False)
         price_L = self._price(upper_LL, group)
-        backend, factors = self.settings.backend, self.binary.factors
-        found = find_codes(current_LO, price_L, self.codes, factors, shape_O=self.shape_O, backend=backend)
-        if self.shape_O is not None:
-            return [torch.stack([found.scale_O, found.centre(self.codes)])]
-        alpha_PO, offset_O = found.coefficients(self.codes)
-        start_BO = torch.cat([alpha_PO, offset_O[None]])
+        backend = self.settings.backend
+        shape_O = None if self.shapes is None else self.shapes.index_O
+        found = find_codes(current_LO, price_L, self.codes, self.binary.factors, shape_O=shape_O, backend=backend)
+        if self.shapes is None:
+            alpha_PO, offset_O = found.coefficients(self.codes)
+            start_BO = torch.cat([alpha_PO, offset_O[None]])
+        else:
+            start_BO = self.shapes.start(found, self.codes)
         if not self.binary.uniform_start:
             return [start_BO]
         price = ErrorPrice(price_L, upper_LL)
         scale_O, zero_point_O = find_group_grids(current_LO, price, self.uniform, backend=backend)
-        return [start_BO, uniform_coefficients(scale_O, zero_point_O, self.problem.grid.bits)]
+        if self.shapes is None:
+            return [start_BO, uniform_coefficients(scale_O, zero_point_O, self.uniform.bits)]
+        uniform_BO = uniform_start(scale_O, zero_point_O, self.uniform.bits)
+        return [start_BO, torch.where(self.shapes.is_uniform(), uniform_BO, start_BO)]
 
     def _round_dead(self, rows: BinaryRows, moment_II: torch.Tensor) -> None:
         """Give columns that no token reached their nearest levels: the sweeps moved levels without a look at them."""
@@ -237,12 +243,6 @@ class _Rows:
         coefficient_GBO = torch.empty_like(rows.coefficient_GBO)
         coefficient_GBO[self.group_order_G] = rows.coefficient_GBO
         codes_OI = codes_IO.T.contiguous()
-        if self.shape_O is None:
+        if self.shapes is None:
             return plane_weight(codes_OI, coefficient_GBO, unit_O, group_size=self.group_size)
-        return shape_weight(codes_OI, coefficient_GBO, self._steps(self.shape_O), group_size=self.group_size)
-
-
-def uniform_coefficients(scale_O: torch.Tensor, zero_point_O: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the coefficients `[B, O]` of uniform grids: planes from the largest, then the offset."""
-    planes = [scale_O * 2.0 ** (plane - 1) for plane in reversed(range(bits))]
-    return torch.stack([*planes, scale_O * (((1 << bits) - 1) / 2 - zero_point_O)])
+        return shape_weight(codes_OI, coefficient_GBO, self.shapes.steps_OP, group_size=self.group_size)

@@ -68,6 +68,12 @@ def nearest_error(weight_LO: torch.Tensor, level_KO: torch.Tensor, *, backend: B
     return weight_LO - nearest_level(weight_LO, level_KO[:, None])[0]
 
 
+def uniform_coefficients(scale_O: torch.Tensor, zero_point_O: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the coefficients `[B, O]` of uniform grids: planes from the largest, then the offset."""
+    planes = [scale_O * 2.0 ** (plane - 1) for plane in reversed(range(bits))]
+    return torch.stack([*planes, scale_O * (((1 << bits) - 1) / 2 - zero_point_O)])
+
+
 def best_change(normal_BBO: torch.Tensor, slope_BO: torch.Tensor) -> torch.Tensor:
     """Return `normal^-1 slope` of each row, `[B, O]`, the change that lowers `c^T normal c - 2 c^T slope` most.
 

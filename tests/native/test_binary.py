@@ -18,7 +18,7 @@ from optgptq.grids.codebook import codebook
 from optgptq.native.library import load_library
 from optgptq.solvers import LayerProblem
 from optgptq.solvers.binary import solve
-from optgptq.solvers.binary_codes import find_codes
+from optgptq.solvers.binary_codes import find_codes, price_shapes
 from optgptq.solvers.binary_group import CodedGroup, code_group
 from optgptq.solvers.binary_sweep import ImprovedGroup, improve_group
 from optgptq.solvers.factor import reverse_cholesky
@@ -96,6 +96,37 @@ def test_every_path_finds_the_codes_of_torch(
     assert torch.equal(found.zero_O, expected.zero_O)
     room = 1e-10 * float((price_L.sum() * expected.scale_O.square()).max()) * codebook(*widths).max_number ** 2
     torch.testing.assert_close(found.cost_O, expected.cost_O, rtol=1e-9, atol=room)
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+@settings(deadline=None, max_examples=12)
+@given(
+    num_rows=st.integers(1, 40),
+    num_columns=st.integers(1, 60),
+    widths=st.sampled_from([(1, 2), (1, 5), (2, 3), (2, 4), (3, 4), (3, 5), (4, 5)]),
+    size=st.sampled_from([1e-6, 1.0, 1e4]),
+    seed=st.integers(0, 1000),
+)
+def test_every_path_prices_shapes_and_searches_given_ones_as_torch(
+    path: Any, num_rows: int, num_columns: int, widths: tuple[int, int], size: float, seed: int
+) -> None:
+    codes, columns_LO = codebook(*widths), size * random_weight(num_columns, num_rows, seed=seed)
+    columns_LO[:, num_rows // 2] = 0
+    price_L = random_weight(1, num_columns, seed=seed + 1)[0].square()
+    shape_O = torch.randint(0, len(codes.steps_SP), (num_rows,), generator=torch.Generator().manual_seed(seed))
+    expected, found = (
+        find_codes(columns_LO, price_L, codes, FACTORS[::3], shape_O=shape_O, backend=backend)
+        for backend in ("torch", path)
+    )
+    assert torch.equal(found.index_O, expected.index_O)
+    assert torch.equal(found.scale_O, expected.scale_O)
+    assert torch.equal(found.zero_O, expected.zero_O)
+    room = 1e-10 * float((price_L.sum() * expected.scale_O.square()).max()) * codes.max_number**2
+    torch.testing.assert_close(found.cost_O, expected.cost_O, rtol=1e-9, atol=room)
+    expected_SO, found_SO = (
+        price_shapes(columns_LO, price_L, codes, FACTORS[::3], backend=backend) for backend in ("torch", path)
+    )
+    torch.testing.assert_close(found_SO, expected_SO, rtol=1e-9, atol=room)
 
 
 @pytest.mark.parametrize("path", EVERY_PATH)
@@ -203,6 +234,8 @@ def layer(num_rows: int, num_columns: int, group_size: int, bits: int, **binary:
         (2, 32, {}),
         (2, 96, {"coefficients": "float", "weighting": "none"}),
         (2, -1, {"coefficients": "steps"}),
+        (2, 32, {"coefficients": "steps", "uniform_start": False}),
+        (3, 32, {"coefficients": "steps", "intermediate_bits": 5}),
         (3, 32, {"intermediate_bits": 5}),
         (4, 48, {"intermediate_bits": 5, "weighting": "diagonal"}),
     ],

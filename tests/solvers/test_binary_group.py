@@ -7,10 +7,9 @@ import torch
 from support.problems import random_moment, random_weight
 from support.slow_binary import slow_columns, slow_fit, slow_levels, slow_walk
 
-from optgptq.solvers.binary import uniform_coefficients
 from optgptq.solvers.binary_group import CodedGroup, code_group
 from optgptq.solvers.factor import reverse_cholesky
-from optgptq.solvers.levels import half_precision, levels_of, shape_table, sign_table
+from optgptq.solvers.levels import half_precision, levels_of, shape_table, sign_table, uniform_coefficients
 from optgptq.solvers.rounding import round_on_grids
 from optgptq.solvers.walk import ColumnGrids
 

@@ -9,17 +9,19 @@ namespace optgptq {
 
 // The layouts are mirrored by `optgptq/native/binary.py`.
 
-// Which code of a codebook each row asks for, and at which scale.
+// Which code of a codebook each row asks for, and at which scale; or what each shape costs each row at its best.
 struct BinarySearchCall {
   const void* columns;              // [L, O], `columns_stride` numbers apart
   const void* price;                // [L], what a squared error in a column costs
   const void* factors;              // [num_factors], shares of the full range
   const std::int64_t* places;       // [S, K], of the gaps above each level and of the highest level (`find_gaps`)
   const std::int64_t* num_offsets;  // [S], codes of a shape: its levels, moved up by 0, 1, ...
-  std::int64_t* index;              // [O], result: code
+  const std::int64_t* shapes;       // [O], the only shape that each row may have; null: any
+  std::int64_t* index;              // [O], result: code; where shapes are given, its offset
   void* scale;                      // [O], result
   void* zero;                       // [O], result
   void* cost;                       // [O], result
+  void* shape_cost;                 // [S, O], the only result where it is not null
   std::int64_t columns_stride;
   std::int64_t num_columns;
   std::int64_t num_rows;

@@ -89,6 +89,7 @@ void search(const BinarySearchCall& call, int path_index, std::int64_t num_threa
   const BinaryPath<T> path = path_of<T>(path_index);
   double codes = 0;
   for (std::int64_t shape = 0; shape < call.num_shapes; ++shape) codes += static_cast<double>(call.num_offsets[shape]);
+  if (call.shapes != nullptr) codes /= static_cast<double>(call.num_shapes);
   const double priced = codes * static_cast<double>(call.num_levels) + 4 * static_cast<double>(call.num_columns);
   const double work = priced * static_cast<double>(call.num_factors);
   for_tiles(call.num_rows, path.lanes, work, num_threads, path.search_bytes(call), [&](void* scratch, std::int64_t tile) {

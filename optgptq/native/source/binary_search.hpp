@@ -3,6 +3,7 @@
 #pragma once
 
 #include "binary.hpp"
+#include "binary_gaps.hpp"
 #include "binary_levels.hpp"
 #include "lanes.hpp"
 
@@ -10,114 +11,6 @@ namespace optgptq {
 namespace OPTGPTQ_PATH {
 namespace {
 namespace binary {
-
-// Two sums over the weights of one row that stand nearest to one whole number.
-template <class T>
-struct Bin {
-  T price;
-  T moment;
-};
-
-template <class T>
-struct SearchTile {
-  using V = typename Lanes<T>::Vector;
-  V* current;    // [L]
-  V* price_sum;  // [V], up to and with a number
-  V* moment_sum;
-  V* edge;    // [2 V], by the sum of two neighbouring levels
-  V* gaps;    // by place
-  Bin<T>* bins;  // [V, lanes]
-};
-
-inline std::int64_t num_gaps(std::int64_t max_number) { return (max_number + 1) * (max_number + 2) / 2; }
-
-template <class T>
-SearchTile<T> search_tile_in(const BinarySearchCall& call, void* scratch) {
-  const std::int64_t numbers = call.max_number + 1;
-  SearchTile<T> tile;
-  tile.current = static_cast<typename Lanes<T>::Vector*>(scratch);
-  tile.price_sum = tile.current + call.num_columns;
-  tile.moment_sum = tile.price_sum + numbers;
-  tile.edge = tile.moment_sum + numbers;
-  tile.gaps = tile.edge + 2 * numbers;
-  tile.bins = reinterpret_cast<Bin<T>*>(tile.gaps + num_gaps(call.max_number));
-  return tile;
-}
-
-template <class T>
-std::size_t search_bytes(const BinarySearchCall& call) {
-  const std::int64_t numbers = call.max_number + 1;
-  const std::int64_t vectors = call.num_columns + 4 * numbers + num_gaps(call.max_number) + 2 * numbers;
-  return sizeof(typename Lanes<T>::Vector) * static_cast<std::size_t>(vectors);
-}
-
-// Fill the bins at one scale; returns `sum(price * place^2)`. Places count from the middle of the numbers: squares
-// stay small.
-template <class T>
-typename Lanes<T>::Vector fill_bins(
-    const BinarySearchCall& call, const SearchTile<T>& tile, typename Lanes<T>::Vector scale,
-    typename Lanes<T>::Vector zero) {
-  using V = typename Lanes<T>::Vector;
-  using Integer = typename Lanes<T>::Integer;
-  constexpr std::int64_t count = Lanes<T>::count;
-  const T* price = static_cast<const T*>(call.price);
-  const V lowest{}, highest = lowest + T(call.max_number);
-  const T middle = T(call.max_number) / 2;
-  V squares{};
-  for (std::int64_t index = 0; index < (call.max_number + 1) * count; ++index) tile.bins[index] = {T(0), T(0)};
-  for (std::int64_t column = 0; column < call.num_columns; ++column) {
-    const T paid = price[column];
-    const V place = tile.current[column] / scale + zero;
-    const V number = rounded<T>(larger(smaller(place, highest), lowest));
-    const V moment = (place - middle) * paid;
-    squares += moment * (place - middle);
-    Integer numbers[count];
-    T moments[count];
-    const auto whole = __builtin_convertvector(number, typename Lanes<T>::Index);
-    __builtin_memcpy(numbers, &whole, sizeof numbers);
-    __builtin_memcpy(moments, &moment, sizeof moments);
-    for (std::int64_t lane = 0; lane < count; ++lane) {
-      Bin<T>& bin = tile.bins[numbers[lane] * count + lane];
-      bin.price += paid;
-      bin.moment += moments[lane];
-    }
-  }
-  return squares;
-}
-
-// Write what a code pays for the gap between two neighbouring levels, at the place of its width and lower level, and
-// what it pays for its highest level: with sums over all numbers nearer to the lower level than to the upper one,
-//   width * (2 moment_sum - (lower + upper) price_sum),   highest^2 price_sum - 2 highest moment_sum.
-template <class T>
-void find_gaps(const BinarySearchCall& call, const SearchTile<T>& tile) {
-  using V = typename Lanes<T>::Vector;
-  constexpr std::int64_t count = Lanes<T>::count;
-  const std::int64_t most = call.max_number;
-  V price{}, moment{};
-  for (std::int64_t number = 0; number <= most; ++number) {
-    T prices[count], moments[count];
-    for (std::int64_t lane = 0; lane < count; ++lane) {
-      prices[lane] = tile.bins[number * count + lane].price;
-      moments[lane] = tile.bins[number * count + lane].moment;
-    }
-    price += load<T>(prices, count);
-    moment += load<T>(moments, count);
-    tile.price_sum[number] = price;
-    tile.moment_sum[number] = moment;
-  }
-  for (std::int64_t sum = 1; sum < 2 * most; ++sum) {
-    // A number half-way belongs to the lower level.
-    tile.edge[sum] = T(2) * tile.moment_sum[sum / 2] - T(sum - most) * tile.price_sum[sum / 2];
-  }
-  V* to = tile.gaps;
-  for (std::int64_t width = 1; width <= most; ++width) {
-    for (std::int64_t lower = 0; lower + width <= most; ++lower) *to++ = T(width) * tile.edge[2 * lower + width];
-  }
-  for (std::int64_t number = 0; number <= most; ++number) {
-    const T highest = T(number) - T(most) / 2;
-    *to++ = (highest * price - T(2) * moment) * highest;
-  }
-}
 
 template <class T, int K>
 OPTGPTQ_INLINE void gaps_of_shape(
@@ -134,18 +27,63 @@ OPTGPTQ_INLINE V code_cost(const V* const* gaps, std::int64_t offset) {
 }
 
 template <class T, int K>
+OPTGPTQ_INLINE typename Lanes<T>::Vector least_of_shape(
+    const BinarySearchCall& call, const SearchTile<T>& tile, std::int64_t shape) {
+  using V = typename Lanes<T>::Vector;
+  V least = V{} + T(__builtin_inf());
+  const V* gaps[K];
+  gaps_of_shape<T, K>(call, tile, shape, gaps);
+  const std::int64_t num_offsets = call.num_offsets[shape];
+  for (std::int64_t offset = 0; offset < num_offsets; ++offset) least = smaller(least, code_cost<V, K>(gaps, offset));
+  return least;
+}
+
+template <class T, int K>
 typename Lanes<T>::Vector least_cost(const BinarySearchCall& call, const SearchTile<T>& tile) {
   using V = typename Lanes<T>::Vector;
   V least = V{} + T(__builtin_inf());
   for (std::int64_t shape = 0; shape < call.num_shapes; ++shape) {
-    const V* gaps[K];
-    gaps_of_shape<T, K>(call, tile, shape, gaps);
-    const std::int64_t num_offsets = call.num_offsets[shape];
-    for (std::int64_t offset = 0; offset < num_offsets; ++offset) {
-      least = smaller(least, code_cost<V, K>(gaps, offset));
-    }
+    least = smaller(least, least_of_shape<T, K>(call, tile, shape));
   }
   return least;
+}
+
+// What the code of a row's own shape costs, summed as `code_cost` does.
+template <class T, int K>
+OPTGPTQ_INLINE T own_cost(
+    const SearchTile<T>& tile, const std::int64_t* places, std::int64_t offset, std::int64_t lane) {
+  T cost = tile.gaps[places[0] + offset][lane];
+  for (int k = 1; k < K; ++k) cost += tile.gaps[places[k] + offset][lane];
+  return cost;
+}
+
+template <class T, int K>
+typename Lanes<T>::Vector least_own_cost(
+    const BinarySearchCall& call, const SearchTile<T>& tile, std::int64_t begin, std::int64_t num_lanes) {
+  typename Lanes<T>::Vector least{};
+  for (std::int64_t lane = 0; lane < num_lanes; ++lane) {
+    const std::int64_t shape = call.shapes[begin + lane];
+    T best = T(__builtin_inf());
+    for (std::int64_t offset = 0; offset < call.num_offsets[shape]; ++offset) {
+      const T cost = own_cost<T, K>(tile, call.places + shape * K, offset, lane);
+      best = cost < best ? cost : best;
+    }
+    least[lane] = best;
+  }
+  return least;
+}
+
+// Write the first offset of each row's own shape whose cost is no larger than `bound`.
+template <class T, int K>
+void first_own_code(
+    const BinarySearchCall& call, const SearchTile<T>& tile, typename Lanes<T>::Vector bound, std::int64_t begin,
+    std::int64_t num_lanes) {
+  for (std::int64_t lane = 0; lane < num_lanes; ++lane) {
+    const std::int64_t shape = call.shapes[begin + lane], most = call.num_offsets[shape];
+    std::int64_t offset = 0;
+    while (offset < most && !(own_cost<T, K>(tile, call.places + shape * K, offset, lane) <= bound[lane])) ++offset;
+    call.index[begin + lane] = offset < most ? offset : 0;
+  }
 }
 
 // Write the first code whose cost is no larger than `bound`.
@@ -174,30 +112,57 @@ void first_code(
 }
 
 template <class T, int K>
-void search_levels(
+void price_shapes(
     const BinarySearchCall& call, const SearchTile<T>& tile, std::int64_t begin, std::int64_t num_lanes) {
   using V = typename Lanes<T>::Vector;
   const T* factors = static_cast<const T*>(call.factors);
-  V low{}, high{};
-  for (std::int64_t column = 0; column < call.num_columns; ++column) {
-    low = smaller(tile.current[column], low);
-    high = larger(tile.current[column], high);
+  const FullRange<T> range(call, tile);
+  for (std::int64_t shape = 0; shape < call.num_shapes; ++shape) tile.shapes[shape] = V{} + T(__builtin_inf());
+  for (std::int64_t index = 0; index < call.num_factors; ++index) {
+    const V tried = factors[index] * range.scale, square = tried * tried;
+    const V squares = fill_bins<T>(call, tile, tried, range.zero);
+    find_gaps<T>(call, tile);
+    for (std::int64_t shape = 0; shape < call.num_shapes; ++shape) {
+      const V cost = (least_of_shape<T, K>(call, tile, shape) + squares) * square;
+      tile.shapes[shape] = smaller(cost, tile.shapes[shape]);
+    }
   }
-  const V full = larger((high - low) / T(call.max_number), V{} + T(call.smallest_scale));
-  const V zero = rounded<T>(-low / full);
+  T* to = static_cast<T*>(call.shape_cost) + begin;
+  for (std::int64_t shape = 0; shape < call.num_shapes; ++shape) {
+    store<T>(to + shape * call.num_rows, tile.shapes[shape], num_lanes);
+  }
+}
+
+template <class T, int K>
+void search_levels(
+    const BinarySearchCall& call, const SearchTile<T>& tile, std::int64_t begin, std::int64_t num_lanes) {
+  using V = typename Lanes<T>::Vector;
+  if (call.shape_cost != nullptr) return price_shapes<T, K>(call, tile, begin, num_lanes);
+  const bool has_own = call.shapes != nullptr;
+  const auto least = [&] {
+    return has_own ? least_own_cost<T, K>(call, tile, begin, num_lanes) : least_cost<T, K>(call, tile);
+  };
+  const T* factors = static_cast<const T*>(call.factors);
+  const FullRange<T> range(call, tile);
+  const V zero = range.zero;
   V best = V{} + T(__builtin_inf()), scale = V{} + T(1);
   for (std::int64_t index = 0; index < call.num_factors; ++index) {
-    const V tried = factors[index] * full, square = tried * tried;
+    const V tried = factors[index] * range.scale, square = tried * tried;
     const V squares = fill_bins<T>(call, tile, tried, zero);
     find_gaps<T>(call, tile);
-    const V cost = (least_cost<T, K>(call, tile) + squares) * square;
+    const V cost = (least() + squares) * square;
     const auto better = cost < best - T(call.tolerance) * square;
     best = better ? cost : best;
     scale = better ? tried : scale;
   }
   fill_bins<T>(call, tile, scale, zero);
   find_gaps<T>(call, tile);
-  first_code<T, K>(call, tile, least_cost<T, K>(call, tile) + T(call.tolerance), begin, num_lanes);
+  const V bound = least() + T(call.tolerance);
+  if (has_own) {
+    first_own_code<T, K>(call, tile, bound, begin, num_lanes);
+  } else {
+    first_code<T, K>(call, tile, bound, begin, num_lanes);
+  }
   store<T>(static_cast<T*>(call.scale) + begin, scale, num_lanes);
   store<T>(static_cast<T*>(call.zero) + begin, zero, num_lanes);
   store<T>(static_cast<T*>(call.cost) + begin, best, num_lanes);
