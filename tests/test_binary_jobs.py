@@ -135,7 +135,7 @@ def test_rotated_weights_in_binary_codes(models: dict[str, Path], tmp_path: Path
 
 
 def test_published_gptqt_has_one_code_per_row_in_float16(models: dict[str, Path], tmp_path: Path) -> None:
-    recipe = binary_recipe(method="gptqt", target_shift="off", order="natural", binary={"refits": 3, "sweeps": 3})
+    recipe = binary_recipe(method="gptqt", target_shift="off", order="natural", binary={"refits": 3, "sweeps": 2})
     result = quantize(models["wide"], recipe, tmp_path / "out")
     is_whole(result, models["wide"], "gptqt")
     for weight in decoded(result.output).values():
