@@ -16,6 +16,7 @@ from typing import Any
 
 from measure.cases import EVALUATION_TOKENS, NUM_WINDOWS, REPOSITORY, Case, chosen_cases
 from measure.machine import commit
+from measure.process import BenchmarkError
 from measure.report import Report, finish, new_parser
 from measure.trials import HeldOutText, Trial, TrialStore, trial_key
 
@@ -58,18 +59,25 @@ class Variant:
 
 
 def compared(bits: int, case: Case) -> Iterator[Variant]:
-    """Yield the rows that every model has. Uniform grids have 16-bit scales, whatever the model is stored in."""
-    grouped = -1 if case.name == "babyllama-105" else 128
-    uniform = {"export.format": "gptq_v2", "weights.group_size": 32 if grouped == -1 else 64}
+    """Yield the rows that every model has. Uniform grids have 16-bit scales, whatever the model is stored in.
+
+    Narrow groups of `down_proj` bring symmetric grids to the bits of the binary codes, or above.
+    """
+    by_row = case.name == "babyllama-105"
+    uniform: dict[str, Any] = {"export.format": "gptq_v2", "weights.group_size": 32 if by_row else 64}
     for label, symmetric in (("symmetric", True), ("asymmetric", False)):
         grid = {**uniform, "weights.symmetric": symmetric}
+        if symmetric and not by_row:
+            grid["weights.rules"] = "[{match: down_proj, group_size: 32}]"
         yield Variant(name=f"uniform, {label}", recipe=f"gptq-w{bits}", settings=grid)
         yield Variant(name=f"uniform, {label}, refined", recipe=f"gptq-w{bits}", settings={**grid, **REFINED})
         yield Variant(
             name=f"uniform, {label}, refined, shifted", recipe=f"gptq-w{bits}", settings={**grid, **REFINED, **SHIFTED}
         )
     yield Variant(name=PUBLISHED, recipe=f"gptqt-w{bits}", settings={})
-    groups = {"weights.group_size": grouped}
+    groups: dict[str, Any] = {"weights.group_size": -1 if by_row else 128}
+    if bits == 3 and not by_row:
+        groups["weights.rules"] = "[{match: down_proj, group_size: -1}]"
     yield Variant(name=UNSHIFTED, recipe=f"binary-w{bits}", settings={**groups, **OFF})
     yield Variant(name=ONE_SIDED, recipe=f"binary-w{bits}", settings=groups)
     yield Variant(name="attention-aware binary", recipe=f"attention-aware-binary-w{bits}", settings=groups)
@@ -163,6 +171,8 @@ def _fill(
     plain = (
         min(uniform[name] for name in ("uniform, symmetric", "uniform, asymmetric")) if PUBLISHED in trials else None
     )
+    if plain is not None:
+        _require_bits(f"{case.name}, {bits} bits", trials)
     for variant in variants:
         each = trials[variant.name]
         kl = _mean_kl(each)
@@ -189,6 +199,14 @@ def _cells(trials: Sequence[Trial], ratios: Sequence[float]) -> list[str]:
         f"{statistics.fmean(trial.perplexity for trial in trials):.3f}",
         f"{statistics.median(trial.seconds for trial in trials):.1f}",
     ]
+
+
+def _require_bits(where: str, trials: Mapping[str, list[Trial]]) -> None:
+    """Raise where binary codes have more bits than the uniform grid with most."""
+    most = max(each[0].bits_per_weight for name, each in trials.items() if name.startswith("uniform"))
+    for name in (UNSHIFTED, ONE_SIDED):
+        if trials[name][0].bits_per_weight > most:
+            raise BenchmarkError(f"{where}: {name} has {trials[name][0].bits_per_weight} bits, uniform grids {most}")
 
 
 def _judge(report: Report, where: str, ratios: Sequence[float], aim: float) -> None:

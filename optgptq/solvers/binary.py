@@ -45,8 +45,7 @@ def solve(problem: LayerProblem) -> LayerSolution:
     """
     started = time.perf_counter()
     factor = factor_problem(problem)
-    moment_II = problem.input_moment_II.to(problem.settings.dtype)
-    moment_II = moment_II.index_select(0, factor.order_I).index_select(1, factor.order_I)
+    moment_II = ordered_moment(problem, factor)
     parts = [
         solve_rows(problem, problem.weight_OI[begin : begin + _ROWS], factor, moment_II)
         for begin in range(0, problem.weight_OI.shape[0], _ROWS)
@@ -74,6 +73,12 @@ class SolvedRows:
     loss_O: torch.Tensor
     rtn_loss_O: torch.Tensor
     clipped_O: torch.Tensor
+
+
+def ordered_moment(problem: LayerProblem, factor: Factor) -> torch.Tensor:
+    """Return the undamped input moment in the walk's order, in the solver's dtype."""
+    moment_II = problem.input_moment_II.to(problem.settings.dtype)
+    return moment_II.index_select(0, factor.order_I).index_select(1, factor.order_I)
 
 
 def solve_rows(problem: LayerProblem, weight_OI: torch.Tensor, factor: Factor, moment_II: torch.Tensor) -> SolvedRows:

@@ -20,7 +20,7 @@ from optgptq.grids.search import ErrorPrice
 from optgptq.grids.settings import GridSettings
 from optgptq.native.library import Backend
 from optgptq.solvers.binary_codes import find_codes, price_shapes
-from optgptq.solvers.levels import half_precision, levels_of, nearest_error, shape_table
+from optgptq.solvers.levels import half_precision, levels_of, nearest_error, shape_table, uniform_coefficients
 from optgptq.solvers.rounding import find_group_grids
 
 # Rows whose shapes are priced at once: prices of all shapes stay a few megabytes.
@@ -66,7 +66,7 @@ def row_shapes(index_O: torch.Tensor, codes: Codebook) -> RowShapes:
 
 def uniform_start(scale_O: torch.Tensor, zero_point_O: torch.Tensor, bits: int) -> torch.Tensor:
     """Return scale and centre `[2, O]` of uniform grids."""
-    return torch.stack([scale_O, scale_O * (((1 << bits) - 1) / 2 - zero_point_O)])
+    return torch.stack([scale_O, uniform_coefficients(scale_O, zero_point_O, bits)[-1]])
 
 
 def choose_shapes(

@@ -10,9 +10,7 @@ import torch
 from optgptq.binary_weight import BinaryWeight
 from optgptq.coefficients import ByteCoefficients, FloatCoefficients, StepCoefficients
 from optgptq.normal_form import normal_form
-from optgptq.solvers.levels import nearest_level
-
-_LARGEST_HALF = 65504.0
+from optgptq.solvers.levels import LARGEST_HALF, nearest_level
 
 
 def plane_weight(
@@ -71,11 +69,11 @@ def nearest_levels(weight: BinaryWeight, dense_OI: torch.Tensor) -> torch.Tensor
 
 def overflow_notes(weight: BinaryWeight) -> tuple[str, ...]:
     """Return a sentence where coefficients were cut off at the largest number that float16 holds."""
-    num_cut_off = sum(int((values.abs() >= _LARGEST_HALF).sum()) for values in weight.coefficients.values())
+    num_cut_off = sum(int((values.abs() >= LARGEST_HALF).sum()) for values in weight.coefficients.values())
     if not num_cut_off:
         return ()
     return (
-        f"{num_cut_off} coefficients of binary codes were cut off at {_LARGEST_HALF:.0f}, the largest number that "
+        f"{num_cut_off} coefficients of binary codes were cut off at {LARGEST_HALF:.0f}, the largest number that "
         "float16 holds: the weights are too large for them",
     )
 

@@ -44,7 +44,7 @@ def solve(problem: LayerProblem) -> LayerSolution:
         return replace(solution, notes=(*solution.notes, *outputs.notes), seconds=time.perf_counter() - started)
     factor = factor_problem(problem)
     moment_II = problem.input_moment_II.to(problem.settings.dtype)
-    ordered_II = moment_II.index_select(0, factor.order_I).index_select(1, factor.order_I)
+    ordered_II = binary.ordered_moment(problem, factor)
     num_heads, head_size = outputs.order_ND.shape
     weight_NDI = _ordered(problem.weight_OI.to(problem.settings.dtype).view(num_heads, head_size, -1), outputs)
     error_NDI = torch.zeros_like(weight_NDI)

@@ -16,7 +16,7 @@ from optgptq.native.library import Backend
 
 # A coefficient that the others explain to all but this share of its energy stays as it is.
 _LEAST_PIVOT = 1e-4
-_LARGEST_HALF = 65504.0
+LARGEST_HALF = 65504.0
 
 
 def sign_table(bits: int, like: torch.Tensor) -> torch.Tensor:
@@ -101,5 +101,5 @@ def best_change(normal_BBO: torch.Tensor, slope_BO: torch.Tensor) -> torch.Tenso
 
 def half_precision(values: torch.Tensor) -> torch.Tensor:
     """Return the nearest values that float16 holds, in the dtype of the input; what is too large is clamped."""
-    bounded = values.to(torch.float32).clamp(-_LARGEST_HALF, _LARGEST_HALF)
+    bounded = values.to(torch.float32).clamp(-LARGEST_HALF, LARGEST_HALF)
     return bounded.to(torch.float16).to(values.dtype)
