@@ -13,7 +13,7 @@ from pydantic import Field, StrictBool, StrictStr, model_validator
 
 from optgptq.recipe.calibration import CalibrationRecipe
 from optgptq.recipe.section import ByteCount, PositiveInt, Section, impossible
-from optgptq.recipe.weights import BINARY_METHODS, BinaryRecipe, WeightRecipe
+from optgptq.recipe.weights import BINARY_METHODS, BinaryRecipe, WeightRecipe, WeightRule
 
 AttentionRows = Literal["off", "pooled", "softmax"]
 RowOrder = Literal["natural", "activation"]
@@ -140,6 +140,7 @@ class Recipe(Section):
                 )
         if binary:
             _require_defaults("weights", weights, UNIFORM_ONLY, why="where codes are sums of signs (section binary)")
+            _check_rules_of_signs(weights)
         if {method for _, method, _ in asked} & BINARY_METHODS == {"gptqt"}:
             fields = [field for field in BinaryRecipe.model_fields if field != "intermediate_bits"]
             _require_defaults("binary", self.binary, fields, why="for GPTQT as published")
@@ -157,6 +158,26 @@ def _require_defaults(section: str, values: Section, fields: Iterable[str], *, w
                 found=f"{found}",
                 action=f"Leave {section}.{field} out, or choose another method.",
             )
+
+
+def _check_rules_of_signs(weights: WeightRecipe) -> None:
+    """Raise where a rule whose own method, or else the section's, makes sums of signs names what only grids have.
+
+    Such a field is refused at its default too: in a rule it is either named or left out.
+    """
+    fields = [field for field in UNIFORM_ONLY if field in WeightRule.model_fields]
+    for index, rule in enumerate(weights.rules):
+        method = rule.method or weights.method
+        for field in fields:
+            found = getattr(rule, field)
+            if method in BINARY_METHODS and found is not None:
+                where = f"rules.{index}"
+                raise impossible(
+                    f"weights.{where}.{field}",
+                    expected=f"no {field} in a rule of method {method}, whose codes are sums of signs (section binary)",
+                    found=f"{found} in the rule for {rule.match!r}",
+                    action=f"Leave weights.{where}.{field} out, or set weights.{where}.method to one of uniform grids.",
+                )
 
 
 def _can_be_gptaq(weights: WeightRecipe) -> bool:

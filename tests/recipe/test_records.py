@@ -197,3 +197,35 @@ def test_a_shift_is_measured_stage_by_stage_in_the_quantized_stream(values: dict
 @pytest.mark.parametrize("strength", [0, 0.5, 1, "held_out"])
 def test_strengths_that_are_taken(strength: object) -> None:
     assert WeightRecipe(shift_strength=strength).shift_strength == strength
+
+
+@pytest.mark.parametrize("method", ["gptqt", "binary", "attention_aware_binary"])
+@pytest.mark.parametrize(
+    ("field", "value"), [("symmetric", False), ("symmetric", True), ("grid_search", "mse"), ("grid_search", "walk")]
+)
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_rule_of_signs_names_nothing_of_uniform_grids(method: str, field: str, value: object, is_own: bool) -> None:
+    rule = {"match": "down_proj", field: value, **({"method": method} if is_own else {})}
+    weights = {"method": "gptq" if is_own else method, "bits": 3, "rules": [{"match": "o_proj", "bits": 2}, rule]}
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate({"weights": weights})
+    (detail,) = caught.value.errors()
+    assert detail["ctx"] == {
+        "field": f"weights.rules.1.{field}",
+        "expected": f"no {field} in a rule of method {method}, whose codes are sums of signs (section binary)",
+        "found": f"{value} in the rule for 'down_proj'",
+        "action": f"Leave weights.rules.1.{field} out, or set weights.rules.1.method to one of uniform grids.",
+    }
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "attention_aware"])
+def test_a_rule_can_take_linears_from_signs_to_grids_of_their_own(method: str) -> None:
+    rule = {"match": "down_proj", "method": method, "bits": 8, "symmetric": False, "grid_search": "mse"}
+    weights = {"method": "binary", "bits": 2, "rules": [rule]}
+    assert Recipe.model_validate({"weights": weights}).weights.rules == (WeightRule.model_validate(rule),)
+
+
+def test_rules_of_grids_and_rules_of_signs_stand_beside_each_other() -> None:
+    rules = [{"match": "o_proj", "symmetric": False}, {"match": "down_proj", "method": "binary", "group_size": 64}]
+    recipe = Recipe.model_validate({"weights": {"method": "gptq", "bits": 3, "rules": rules}})
+    assert recipe.weights.rules[0].symmetric is False
