@@ -154,7 +154,7 @@ def _render(job: JobProgress, console: Console) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from optgptq.reports.memory import resident_memory_bytes
+    from optgptq.memory import resident_memory_bytes
 
     facts = [job.phase or "starting", f"{job.elapsed()} elapsed"]
     left = job.seconds_left()

@@ -37,9 +37,9 @@ def quantize(  # noqa: PLR0913 - the parameters of a command are its options
 ) -> None:
     """Quantize a model by a recipe and write a checkpoint that is checked before it appears."""
     from optgptq.checkpoint.hub import resolve_model
+    from optgptq.memory import keep_freed_memory
     from optgptq.quantize import quantize as quantize_model
     from optgptq.recipe.loading import load_recipe
-    from optgptq.reports.memory import keep_freed_memory
 
     from .record import require_writable, write_record
 

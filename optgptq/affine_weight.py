@@ -75,6 +75,17 @@ class AffineWeight:
         """Return the rows with these numbers, in this order."""
         return self._map_rows(lambda tensor: tensor[rows_O])
 
+    def stacks_with(self, other: AffineWeight) -> bool:
+        """True if `stacked` may join the two: they differ in their rows only."""
+        mine_I, its_I = self.group_index_I, other.group_index_I
+        same_order = mine_I is its_I or (mine_I is not None and its_I is not None and torch.equal(mine_I, its_I))
+        return same_order and (self.bits, self.group_size, self.in_features, self.scale_dtype) == (
+            other.bits,
+            other.group_size,
+            other.in_features,
+            other.scale_dtype,
+        )
+
     @classmethod
     def stacked(cls, parts: Sequence[AffineWeight]) -> AffineWeight:
         """Return weights that differ in their rows only as one, row below row."""

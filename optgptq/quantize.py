@@ -25,6 +25,7 @@ from optgptq.formats import CheckpointFormat, detect, format_named
 from optgptq.formats.checkpoint import copy_dense, plan_entries, write_side_files
 from optgptq.formats.verify import verify_written, weight_digest
 from optgptq.job_record import JobRecord
+from optgptq.memory import peak_memory_bytes, return_free_memory
 from optgptq.models.checks import check_inventory
 from optgptq.models.loading import load_layer
 from optgptq.models.registry import model_spec
@@ -34,7 +35,6 @@ from optgptq.recipe.loading import recipe_for_record
 from optgptq.recipe.records import Recipe
 from optgptq.reports import events
 from optgptq.reports.events import ProgressListener, ignore_progress
-from optgptq.reports.memory import peak_memory_bytes, return_free_memory
 from optgptq.runtime.device import compute_dtype, require_device
 from optgptq.transforms.checks import transform_warnings
 from optgptq.transforms.settings import TransformSettings

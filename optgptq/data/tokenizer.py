@@ -154,13 +154,18 @@ def _open_transformers(folder: Path) -> Any:
 
 
 def _require_vocabulary(folder: Path) -> None:
-    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+    if not has_tokenizer(folder):
         raise TextError(
             f"tokenizer of {folder}",
             expected="one of the files " + ", ".join(VOCABULARY_FILES),
             found="none of them",
             action="Copy the tokenizer files of the model into the folder.",
         )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if the folder has the files of a tokenizer."""
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -10,6 +10,7 @@ Shapes: `O` output rows, `I` input columns, `G` groups along `I`, `P` planes, `W
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,6 +83,27 @@ class PackedBinary:
             alpha_GPO=self.alpha_GPO.to(device),
             offset_GO=self.offset_GO.to(device),
             column_order_I=None if order_I is None else order_I.to(device),
+        )
+
+    def stacks_with(self, other: PackedBinary) -> bool:
+        """True if `stacked` may join the two: they differ in their rows only."""
+        mine_I, its_I = self.column_order_I, other.column_order_I
+        same_order = mine_I is its_I or (mine_I is not None and its_I is not None and torch.equal(mine_I, its_I))
+        return same_order and (self.bits, self.group_size, self.in_features, self.alpha_GPO.dtype) == (
+            other.bits,
+            other.group_size,
+            other.in_features,
+            other.alpha_GPO.dtype,
+        )
+
+    @classmethod
+    def stacked(cls, parts: Sequence[PackedBinary]) -> PackedBinary:
+        """Return weights that differ in their rows only as one, row below row."""
+        return replace(
+            parts[0],
+            planes_WPO=torch.cat([part.planes_WPO for part in parts], dim=2),
+            alpha_GPO=torch.cat([part.alpha_GPO for part in parts], dim=2),
+            offset_GO=torch.cat([part.offset_GO for part in parts], dim=1),
         )
 
     def ordered(self, x: torch.Tensor) -> torch.Tensor:

@@ -73,19 +73,23 @@ def attention_context(
 
 
 def context_at(
-    spec: DecoderSpec, positions: torch.Tensor, *, dtype: torch.dtype, attend: Attend | None = None
+    spec: DecoderSpec,
+    positions: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    attend: Attend | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> AttentionContext:
-    """Return the context for explicit `positions`, int64 `[S]` or `[B, S]`."""
-    limit = spec.num_learned_positions - spec.learned_offset
-    if spec.num_learned_positions and positions.numel() and int(positions.max()) >= limit:
+    """Return the context for explicit `positions`, int64 `[S]` or `[B, S]`; `lengths` as in `rope_table`."""
+    limit = spec.position_limit
+    if limit is not None and positions.numel() and int(positions.max()) >= limit:
         raise ModelError(
             spec.names.position_embedding or "positions",
             expected=f"at most {limit} positions, the rows of the model's position table",
             found=str(int(positions.max()) + 1),
             action="Use shorter windows or prompts.",
         )
-    ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
-    tables = {rope: rope_table(rope, positions, dtype=dtype) for rope in ropes}
+    tables = {rope: rope_table(rope, positions, dtype=dtype, lengths=lengths) for rope in spec.ropes}
     return AttentionContext(positions=positions, rope_tables=tables, attend=attend or self_attention)
 
 

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from optgptq.models.spec import RopeSpec
+from optgptq.models.spec import RopeKind, RopeSpec
+
+# Kinds whose frequencies depend on how long the text is.
+LENGTH_DEPENDENT: tuple[RopeKind, ...] = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -23,15 +26,37 @@ class RopeTable:
     sine: torch.Tensor
 
 
-def rope_table(rope: RopeSpec, positions: torch.Tensor, *, dtype: torch.dtype) -> RopeTable:
-    """Return the table for `positions`, int64 `[S]` or `[B, S]`; computed in float32, then cast."""
-    last = int(positions.max()) + 1 if positions.numel() else 1
-    frequencies = inverse_frequencies(rope, num_positions=last).to(positions.device)
+def rope_table(
+    rope: RopeSpec, positions: torch.Tensor, *, dtype: torch.dtype, lengths: torch.Tensor | None = None
+) -> RopeTable:
+    """Return the table for `positions`, int64 `[S]` or `[B, S]`; computed in float32, then cast.
+
+    Args:
+        rope: the rotary spec.
+        positions: where the tokens are.
+        dtype: of the table.
+        lengths: int64, shape of `positions`: the length of text that decides the frequencies of each token; None for
+            the last position of all. Only `dynamic` and `longrope` look at it.
+    """
+    if lengths is None or rope.kind not in LENGTH_DEPENDENT:
+        last = int(positions.max()) + 1 if rope.kind in LENGTH_DEPENDENT and positions.numel() else 1
+        frequencies = inverse_frequencies(rope, num_positions=last).to(positions.device)
+    else:
+        distinct, which = torch.unique(_deciding_lengths(rope, lengths), return_inverse=True)
+        rows = [inverse_frequencies(rope, num_positions=int(length)) for length in distinct]
+        frequencies = torch.stack(rows).to(positions.device)[which]
     angles = positions.float().unsqueeze(-1) * frequencies
     return RopeTable(
         cosine=(angles.cos() * rope.attention_factor).unsqueeze(-2).to(dtype),
         sine=(angles.sin() * rope.attention_factor).unsqueeze(-2).to(dtype),
     )
+
+
+def _deciding_lengths(rope: RopeSpec, lengths: torch.Tensor) -> torch.Tensor:
+    """Return lengths with the same frequencies as `lengths`, as few different ones as there can be."""
+    if rope.kind == "dynamic":
+        return lengths.clamp(min=rope.max_position)
+    return rope.original_max_position + (lengths > rope.original_max_position).to(torch.int64)
 
 
 def rotate_in_place(heads_BSND: torch.Tensor, table: RopeTable) -> None:

@@ -223,6 +223,16 @@ class DecoderSpec:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def ropes(self) -> frozenset[RopeSpec]:
+        """The distinct rotary tables of the model."""
+        return frozenset(layer.rope for layer in self.layers if layer.rope is not None)
+
+    @property
+    def position_limit(self) -> int | None:
+        """Positions that the model's position table holds; None where there is no table."""
+        return self.num_learned_positions - self.learned_offset if self.num_learned_positions else None
+
     def stage(self, name: StageName) -> Stage:
         """Return the stage called `name`."""
         return next(stage for stage in self.stages if stage.name == name)

@@ -64,6 +64,9 @@ def load_library(folder: Path = _FOLDER) -> Library | None:
     factors = (pointer, integer, integer) * 2
     shared.optgptq_add_bfloat16_products.argtypes = [*factors, integer, pointer, integer, integer]
     shared.optgptq_rms_norm_bfloat16.argtypes = [*(pointer,) * 3, *(integer,) * 2, ctypes.c_double, integer]
+    shared.optgptq_paged_attention.argtypes = [pointer, ctypes.c_int, integer]
+    shared.optgptq_store_tokens.argtypes = [pointer, ctypes.c_int, integer]
+    shared.optgptq_attention_function.argtypes = [pointer, pointer, integer, ctypes.c_int, ctypes.c_int]
     return Library(
         shared=shared,
         paths=tuple(name for name, number in PATHS.items() if shared.optgptq_supported(number)),

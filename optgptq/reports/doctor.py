@@ -16,8 +16,8 @@ import torch
 import optgptq
 from optgptq.environment import read_environment
 from optgptq.kernels import KernelChoice, choose_affine_matmul, choose_binary_matmul
+from optgptq.memory import available_memory_bytes, total_memory_bytes
 from optgptq.native.library import load_library
-from optgptq.reports.memory import available_memory_bytes, total_memory_bytes
 
 _PACKAGES = (
     "torch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from optgptq.checkpoint.source import TensorSource
 from optgptq.errors import UsageError
 
 
@@ -56,3 +57,20 @@ def compute_dtype(weights: torch.dtype, device: torch.device, *, wanted: str) ->
         return weights
     native = torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu.get_capabilities().get("bf16", False)
     return torch.bfloat16 if weights == torch.bfloat16 and native else torch.float32
+
+
+def run_dtype(folder: TensorSource, device: torch.device, *, wanted: str) -> torch.dtype:
+    """Return the dtype in which an engine runs a model.
+
+    Args:
+        folder: the checkpoint.
+        device: where it runs.
+        wanted: the name of a dtype, or `auto`: float32 on a processor; on a GPU bfloat16 where any weight is stored so,
+            or in float32, and float16 else.
+    """
+    if wanted != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+    if device.type == "cpu":
+        return torch.float32
+    stored = {info.dtype for info in folder.tensors.values()}
+    return torch.float16 if "F16" in stored and not stored & {"BF16", "F32"} else torch.bfloat16

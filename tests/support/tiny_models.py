@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -270,3 +271,18 @@ def random_tokens(num_sequences: int, num_positions: int, *, vocab_size: int = 6
     """Return int64 tokens `[B, S]`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, vocab_size, (num_sequences, num_positions), generator=generator)
+
+
+def reference_greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
+    """Return the tokens that the `generate` of transformers adds, the likeliest each time and with its cache."""
+    tokens_BS = torch.tensor([prompt])
+    # Rotary tables of kind `dynamic` remember the longest text of earlier calls.
+    model = copy.deepcopy(model)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        written = model.generate(
+            tokens_BS, attention_mask=torch.ones_like(tokens_BS), max_new_tokens=num_tokens, do_sample=False
+        )
+    return [int(token) for token in written[0, len(prompt) :]]

@@ -1,0 +1,149 @@
+"""One decoder layer with fewer key/value heads, made where the converted model and the original one stand side by side.
+
+The new stream runs through the layers as they have been converted so far, the original stream through the original ones.
+The heads are measured on the new stream: what the converted layers will read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from optgptq.calibration.stream import ActivationStream, output_error
+from optgptq.gqa.grouping import adjacent_groups, head_similarity, similar_groups
+from optgptq.gqa.heads import read_heads, write_heads
+from optgptq.gqa.merge import KeyRule, centred_keys, key_rule, merge_heads
+from optgptq.gqa.refit import OutputRefit, refit_output
+from optgptq.gqa.statistics import Groups, HeadMoments, measure_attended, measure_heads
+from optgptq.models.layer import DecoderLayer
+from optgptq.models.linear import Linear
+from optgptq.models.spec import STAGE_NAMES, DecoderSpec
+
+Grouping = Literal["similarity", "adjacent"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupingSettings:
+    """How decoder layers are converted.
+
+    Attributes:
+        size: key/value heads that become one.
+        grouping: how the heads of a group are chosen.
+        refit_output: fit the output projection once more.
+        moment_dtype: accumulator of the moments.
+    """
+
+    size: int
+    grouping: Grouping
+    refit_output: bool
+    moment_dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ConvertedLayer:
+    """Attention of one decoder layer after the conversion.
+
+    Attributes:
+        layer: with the stored values of its new weights.
+        tensors: the new weights and biases of attention by full name, in the dtypes of the checkpoint.
+        record: what was done, as plain values.
+    """
+
+    layer: DecoderLayer
+    tensors: dict[str, torch.Tensor]
+    record: dict[str, Any]
+
+
+def convert_layer(
+    streams: tuple[ActivationStream, ActivationStream],
+    layer: DecoderLayer,
+    new_spec: DecoderSpec,
+    settings: GroupingSettings,
+    *,
+    stored_dtype: Callable[[str], torch.dtype],
+) -> ConvertedLayer:
+    """Return the converted layer and take both streams through it.
+
+    Args:
+        streams: the new and the original one before the layer, of the same windows in the same batches.
+        layer: the original one, dense.
+        new_spec: the converted model.
+        settings: how.
+        stored_dtype: dtype of a tensor of the converted checkpoint by its full name.
+
+    Raises:
+        NumericalError: activations are not finite.
+    """
+    rule = key_rule(layer.spec, layer.index)
+    moments = measure_heads(streams[0], layer, dtype=settings.moment_dtype)
+    groups = _groups(moments, rule, settings)
+    attended = measure_attended(streams[0], layer, groups, dtype=settings.moment_dtype)
+    merged = merge_heads(read_heads(layer), moments, attended, groups, rule)
+    converted = replace(layer, spec=new_spec, linears=dict(layer.linears))
+    tensors = _store(converted, write_heads(merged.heads, new_spec), stored_dtype)
+    streams[0].advance(converted, "qkv")
+    streams[1].advance(layer, "qkv")
+    refit = None
+    if settings.refit_output:
+        refit = refit_output(streams, (converted, layer), dtype=settings.moment_dtype)
+        if refit.linear is not None:
+            (name,) = new_spec.stage("o").linears
+            tensors |= _store(converted, {name: refit.linear}, stored_dtype)
+    for stage in STAGE_NAMES[1:]:
+        streams[0].advance(converted, stage)
+        streams[1].advance(layer, stage)
+    record = {
+        "index": layer.index,
+        "groups": [list(group) for group in groups],
+        "key_error": merged.key_error,
+        "value_error": merged.value_error,
+        **_refit_record(refit),
+        "output_error": output_error(*streams),
+    }
+    return ConvertedLayer(layer=converted, tensors=tensors, record=record)
+
+
+def _groups(moments: HeadMoments, rule: KeyRule, settings: GroupingSettings) -> Groups:
+    num_kv_heads = len(moments.key_KDKD)
+    if settings.grouping == "adjacent":
+        return adjacent_groups(num_kv_heads, settings.size)
+    keys = centred_keys(moments, rule)
+    similarity_KK = head_similarity(keys, moments.value_KDKD, rotary_dim=rule.rotary_dim)
+    return similar_groups(similarity_KK, settings.size)
+
+
+def _store(
+    layer: DecoderLayer, linears: dict[str, Linear], stored_dtype: Callable[[str], torch.dtype]
+) -> dict[str, torch.Tensor]:
+    """Put linears into the layer as they will be read back, and return their tensors by full name."""
+    prefix = layer.spec.names.layer_prefix(layer.index)
+    tensors: dict[str, torch.Tensor] = {}
+    for local_name, linear in linears.items():
+        before = layer.linears[local_name]
+        assert isinstance(before, Linear)
+        dtype = before.weight_OI.dtype
+        name = f"{prefix}.{local_name}"
+        weight_OI = linear.weight_OI.to(stored_dtype(f"{name}.weight"))
+        tensors[f"{name}.weight"] = weight_OI
+        bias_O = None
+        if linear.bias_O is not None:
+            bias_O = linear.bias_O.to(stored_dtype(f"{name}.bias"))
+            tensors[f"{name}.bias"] = bias_O
+        layer.linears[local_name] = Linear(weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
+    return tensors
+
+
+def _refit_record(refit: OutputRefit | None) -> dict[str, Any]:
+    if refit is None:
+        return {}
+    return {
+        "refit": {
+            "accepted": refit.linear is not None,
+            "damp_ratio": refit.damp_ratio,
+            "held_out_error_before": refit.error_before,
+            "held_out_error_after": refit.error_after,
+        }
+    }

@@ -1,0 +1,246 @@
+"""The engine: takes requests, and in each step schedules, runs the model, samples, and sees which texts have ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from optgptq.data.tokenizer import Tokenizer
+from optgptq.errors import OptGPTQError, UsageError
+from optgptq.models.decoder import Decoder
+from optgptq.runtime.engine_settings import EngineSettings
+from optgptq.runtime.results import GenerationResult, Piece
+from optgptq.runtime.sampler import sample
+from optgptq.runtime.sampling_records import SampledToken
+from optgptq.runtime.start import start_runner
+from optgptq.runtime.writing import RequestState, TextState
+from optgptq.scheduling.request import Request
+from optgptq.scheduling.request import Sequence as Text
+from optgptq.scheduling.sampling_params import SamplingParams
+from optgptq.scheduling.scheduler import Scheduler
+from optgptq.scheduling.step import Step
+from optgptq.scheduling.usage import Usage
+
+logger = logging.getLogger(__name__)
+
+# Odd, and far from any simple fraction of 2**64 (the golden ratio): neighbouring requests draw from distant streams.
+_SEED_STEP = 0x9E3779B97F4A7C15
+_SEED_MASK = (1 << 63) - 1
+
+
+class Engine:
+    """Many requests on one model. Not for several threads at once: `AsyncEngine` gives it one of its own.
+
+    Attributes:
+        decoder: the model, its linears fused.
+        tokenizer: of the model; None: prompts and results are token ids only.
+        settings: how requests share it.
+        runner: runs steps.
+        scheduler: decides what a step holds.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None,
+        settings: EngineSettings | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Plan the memory and take it.
+
+        Raises:
+            CapacityError: not even one text fits.
+        """
+        self.settings = settings or EngineSettings()
+        self.tokenizer = tokenizer
+        self._clock = clock
+        self.runner, scheduler_settings = start_runner(decoder, self.settings)
+        self.decoder = self.runner.decoder
+        self.scheduler = Scheduler(scheduler_settings)
+        self._states: dict[str, RequestState] = {}
+        self._results: dict[str, GenerationResult] = {}
+        self._num_submitted = 0
+
+    @property
+    def max_length(self) -> int:
+        """Positions of a text at most, prompt included."""
+        return self.scheduler.max_length
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request waits or runs."""
+        return bool(self._states)
+
+    def usage(self) -> Usage:
+        """Return how the pages are used, now and at most so far."""
+        return self.scheduler.usage()
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout_seconds: float | None = None,
+        salt: bytes = b"",
+        stream: bool = False,
+    ) -> str:
+        """Queue a request and return its id.
+
+        Args:
+            prompt: text, which gets a BOS token where the model's tokenizer adds one, or token ids, taken as they are.
+            params: how its texts are written.
+            request_id: a name that no unfinished request has; None for one of the engine's own.
+            priority: smaller numbers come first.
+            timeout_seconds: after which the request ends with reason `timeout`.
+            salt: prompts share cached pages only with prompts of the same salt.
+            stream: pieces of its texts come from `step`.
+
+        Raises:
+            UsageError: an empty prompt, token ids that the model does not have, a prompt longer than the model, text
+                without a tokenizer, an id in use.
+            CapacityError: longer than the memory allows, or the queue is full.
+        """
+        number = self._num_submitted
+        self._num_submitted += 1
+        name = request_id if request_id is not None else f"request-{number}"
+        if name in self._states:
+            raise UsageError(
+                f"request {name}", expected="a new id", found="one in use", action="Choose another request_id."
+            )
+        prompt_ids = tuple(self._encode(prompt, name))
+        _check_ids(prompt_ids, name, self.decoder.spec.vocab_size)
+        params.check_against(self.decoder.spec.vocab_size)
+        now = self._clock()
+        request = Request(
+            request_id=name,
+            prompt_ids=prompt_ids,
+            params=params,
+            priority=priority,
+            arrival=now,
+            deadline=None if timeout_seconds is None else now + timeout_seconds,
+            salt=salt + self.runner.prompt_salt(len(prompt_ids)),
+        )
+        texts = self.scheduler.submit(request)
+        self._states[name] = RequestState(
+            request=request,
+            prompt=prompt if isinstance(prompt, str) else None,
+            seed=self._seed(params, number),
+            texts=[TextState.start(text, self.tokenizer, max_length=self.max_length, stream=stream) for text in texts],
+        )
+        return name
+
+    def cancel(self, request_id: str) -> None:
+        """End a request with what it has written so far; nothing happens if it has ended already."""
+        state = self._states.get(request_id)
+        if state is not None:
+            self.scheduler.cancel(request_id, "cancelled")
+            self._settle(state)
+
+    def step(self) -> list[Piece]:
+        """Run one step and return what it adds to the texts of requests that stream."""
+        step = self.scheduler.schedule(self._clock())
+        touched = {text.request.request_id for text in step.ended}
+        if step.parts:
+            outcomes = self._sample(step, self.runner.run(step))
+            for text, outcome in zip(step.sampled, outcomes, strict=True):
+                if outcome.error is not None:
+                    self._fail(text, outcome.error)
+            self.scheduler.complete(step, [outcome.token_id for outcome in outcomes])
+            now = self._clock()
+            for text, outcome in zip(step.sampled, outcomes, strict=True):
+                if outcome.error is None and not text.is_finished:
+                    self._add(text, outcome, now)
+                touched.add(text.request.request_id)
+        pieces = []
+        for name in sorted(touched & self._states.keys()):
+            pieces += self._settle(self._states[name])
+        return pieces
+
+    def take_results(self) -> list[tuple[str, GenerationResult]]:
+        """Return ids and results of the requests that have ended since the last call."""
+        results, self._results = self._results, {}
+        return list(results.items())
+
+    def _encode(self, prompt: str | Sequence[int], name: str) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise UsageError(
+                f"request {name}", expected="token ids", found="text, and no tokenizer", action="Give token ids."
+            )
+        ids = self.tokenizer.encode(prompt)
+        bos = self.tokenizer.bos_token_id
+        return [bos, *ids] if self.tokenizer.adds_bos and bos is not None else ids
+
+    def _seed(self, params: SamplingParams, number: int) -> int:
+        if params.seed is not None:
+            return params.seed
+        return (self.settings.seed + 1 + number * _SEED_STEP) & _SEED_MASK
+
+    def _sample(self, step: Step, logits_PV: torch.Tensor) -> list[SampledToken]:
+        rows, wanted = [], []
+        sampling_parts = [part for part in step.parts if part.samples]
+        for index, part in enumerate(sampling_parts):
+            for text in part.samples:
+                state = self._states[text.request.request_id]
+                rows.append(state.sampling_row(text, self._eos_token_ids))
+                wanted.append(index)
+        if len(wanted) != len(sampling_parts):
+            logits_PV = logits_PV[torch.tensor(wanted, device=logits_PV.device)]
+        return sample(logits_PV, rows) if rows else []
+
+    @property
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        return () if self.tokenizer is None else self.tokenizer.eos_token_ids
+
+    def _add(self, text: Text, outcome: SampledToken, now: float) -> None:
+        state = self._states[text.request.request_id]
+        if state.first_token is None:
+            state.first_token = now
+        reason = state.texts[text.index].add(outcome, self._eos_token_ids)
+        if reason is not None:
+            self.scheduler.finish(text, reason)
+
+    def _fail(self, text: Text, error: OptGPTQError) -> None:
+        """End a request whose next token cannot be chosen; the others of the step go on."""
+        name = text.request.request_id
+        self._states[name].error = error
+        self.scheduler.cancel(name, "error")
+
+    def _settle(self, state: RequestState) -> list[Piece]:
+        """Give out what a request's texts have to show; where all have ended, make its result."""
+        pieces = [piece for text in state.texts for piece in text.take_pieces()]
+        if all(text.text.is_finished for text in state.texts):
+            name = state.request.request_id
+            self._results[name] = state.result(self._clock())
+            del self._states[name]
+        return pieces
+
+
+def _check_ids(prompt_ids: Sequence[int], name: str, vocab_size: int) -> None:
+    if prompt_ids and not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
+        bad = max(prompt_ids) if max(prompt_ids) >= vocab_size else min(prompt_ids)
+        raise UsageError(
+            f"request {name}",
+            expected=f"token ids from 0 to {vocab_size - 1}",
+            found=str(bad),
+            action="Use the tokenizer that belongs to the model.",
+        )
+
+
+def failure_result(request_id: str, prompt: str | Sequence[int], error: OptGPTQError) -> GenerationResult:
+    """Return the result of a request that was refused."""
+    is_text = isinstance(prompt, str)
+    return GenerationResult(
+        request_id=request_id,
+        prompt=str(prompt) if is_text else None,
+        prompt_token_ids=[] if is_text else [int(token) for token in prompt if isinstance(token, int)],
+        outputs=(),
+        error=error,
+    )

@@ -1,0 +1,173 @@
+"""`LLM`: a model folder, and texts from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.checkpoint.hub import resolve_model
+from optgptq.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from optgptq.errors import OptGPTQError, UsageError
+from optgptq.models.decoder import Decoder
+from optgptq.runtime.device import require_device, run_dtype
+from optgptq.runtime.engine import Engine, failure_result
+from optgptq.runtime.engine_settings import EngineSettings
+from optgptq.runtime.load import HeldWeights, load_model
+from optgptq.runtime.results import GenerationResult
+from optgptq.scheduling.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class LoadedModel:
+    """A model with its tokenizer, ready for an engine."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer | None
+
+
+def load_for_engine(
+    model: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    weights: HeldWeights | Literal["auto"] = "auto",
+    revision: str | None = None,
+) -> LoadedModel:
+    """Read a model for an engine; the arguments are those of `LLM`."""
+    folder, torch_device = resolve_model(str(model), revision), require_device(device)
+    number = run_dtype(CheckpointFolder.open(folder), torch_device, wanted=dtype)
+    held: HeldWeights = weights if weights != "auto" else ("dense" if torch_device.type == "cpu" else "quantized")
+    decoder = load_model(folder, dtype=number, device=torch_device, weights=held)
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    if tokenizer is None:
+        logger.warning("%s has no tokenizer: prompts must be token ids, and results have no text", folder)
+    return LoadedModel(decoder=decoder, tokenizer=tokenizer)
+
+
+class LLM:
+    """A causal language model that writes many texts at a time.
+
+    Attributes:
+        engine: what runs it.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        weights: HeldWeights | Literal["auto"] = "auto",
+        revision: str | None = None,
+        settings: EngineSettings | None = None,
+    ) -> None:
+        """Load a model and take the memory for its keys and values.
+
+        Args:
+            model: folder, hub id, or `bundled:NAME`; dense or in any layout that this package reads.
+            device: `cpu`, or `cuda` or `cuda:N` for a CUDA or HIP device.
+            dtype: of activations, dense weights, keys and values; `auto`: float32 on a processor, on a GPU the dtype of
+                the weights (bfloat16 for those in float32).
+            weights: `quantized` multiplies with codes as they are, `dense` decodes them once; `auto`: what is faster on
+                the device.
+            revision: of a hub id.
+            settings: how requests share the model.
+
+        Raises:
+            ModelError, FormatError: the checkpoint is damaged, or its model or layout is not implemented.
+            CapacityError: no memory for keys and values.
+            UsageError: no such device.
+        """
+        loaded = load_for_engine(model, device=device, dtype=dtype, weights=weights, revision=revision)
+        self.engine = Engine(loaded.decoder, loaded.tokenizer, settings)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[GenerationResult]:
+        """Continue prompts and return one result for each, in order.
+
+        A prompt that cannot be served has its reason in `error` of its result; the others go on.
+
+        Args:
+            prompts: one or more; text, which gets a BOS token where the tokenizer adds one, or token ids, taken as they
+                are.
+            sampling_params: for all prompts, or one for each; None for the defaults of `SamplingParams`.
+            progress: called with texts done and asked for, after each step that ends one.
+
+        Raises:
+            UsageError: not as many sampling parameters as prompts.
+        """
+        return generate(self.engine, prompts, sampling_params, progress=progress)
+
+
+def generate(
+    engine: Engine,
+    prompts: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[GenerationResult]:
+    """Continue prompts on an engine that has nothing else to do; see `LLM.generate`."""
+    several = _prompt_list(prompts)
+    params = _params_list(sampling_params, len(several))
+    names: list[str | None] = []
+    results: dict[int, GenerationResult] = {}
+    for index, (prompt, one) in enumerate(zip(several, params, strict=True)):
+        try:
+            names.append(engine.submit(prompt, one))
+        except OptGPTQError as error:
+            names.append(None)
+            results[index] = failure_result(f"prompt {index + 1}", prompt, error)
+    waiting = {name: index for index, name in enumerate(names) if name is not None}
+    try:
+        while waiting:
+            engine.step()
+            for name, result in engine.take_results():
+                if name in waiting:
+                    results[waiting.pop(name)] = result
+                    if progress is not None:
+                        progress(len(several) - len(waiting), len(several))
+    finally:
+        # Ctrl-C, or an error of the model: nothing of this call is left behind.
+        for name in waiting:
+            engine.cancel(name)
+        engine.take_results()
+    failed = sum(result.error is not None for result in results.values())
+    if failed:
+        logger.warning("%d of %d prompts failed; `error` of their results says why", failed, len(several))
+    return [results[index] for index in range(len(several))]
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Return the prompts; a string is one, and so is a list of numbers."""
+    if isinstance(prompts, str):
+        return [prompts]
+    single = [token for token in prompts if isinstance(token, int)]
+    if single:
+        return [single]
+    return [prompt for prompt in prompts if not isinstance(prompt, int)]
+
+
+def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise UsageError(
+            "sampling_params",
+            expected=f"one, or one for each of {count} prompts",
+            found=str(len(params)),
+            action="Give one SamplingParams, or as many as prompts.",
+        )
+    return list(params)

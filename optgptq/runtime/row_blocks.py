@@ -1,0 +1,88 @@
+"""Steps in blocks of a fixed number of tokens, so that a text does not depend to the bit on what runs beside it.
+
+A product of matrices sums in an order that depends on its shape. If every operation of the model sees the same shape
+in every step, and treats each row alike, a token's numbers depend on that token and on its own past only.
+
+Shapes: `R` rows of a block, `M` model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from optgptq.models.attention import AttentionContext, context_at
+from optgptq.models.decoder import Decoder
+from optgptq.models.spec import DecoderSpec
+from optgptq.scheduling.step import StepPart
+
+# The largest comes first; 1 always works.
+BLOCK_SIZES = (16, 1)
+
+
+def block_parts(parts: Sequence[StepPart], size: int) -> Iterator[list[StepPart]]:
+    """Cut the tokens of a step into blocks of `size`, the last one shorter; only the end of a part samples."""
+    block: list[StepPart] = []
+    room = size
+    for part in parts:
+        begin = part.begin
+        while begin < part.end:
+            end = min(begin + room, part.end)
+            samples = part.samples if end == part.end else ()
+            block.append(StepPart(sequence=part.sequence, begin=begin, end=end, samples=samples))
+            room -= end - begin
+            begin = end
+            if room == 0:
+                yield block
+                block, room = [], size
+    if block:
+        yield block
+
+
+def find_block_size(decoder: Decoder) -> int:
+    """Return the largest block whose rows do not touch each other on this machine, tried with the model itself."""
+    return next(size for size in BLOCK_SIZES if size == 1 or rows_are_independent(decoder, size))
+
+
+@torch.inference_mode()
+def rows_are_independent(decoder: Decoder, size: int, *, seed: int = 0) -> bool:
+    """True if a row's numbers are the same to the bit at every place of a block, whatever the other rows hold.
+
+    Looks at the first decoder layer, with attention left out, and at the head.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, size, decoder.spec.hidden_size)
+    mine_RM, other_RM = torch.randn(shape, generator=generator).to(decoder.device, decoder.dtype)
+    positions = torch.arange(size, device=decoder.device)
+    expected = _outputs(decoder, mine_RM, positions)
+    for shift in range(1, size):
+        turned = _outputs(decoder, mine_RM.roll(shift, 0), positions.roll(shift))
+        if not all(torch.equal(one.roll(shift, 0), two) for one, two in zip(expected, turned, strict=True)):
+            return False
+    mixed_RM = torch.cat((mine_RM[:1], other_RM[1:]))
+    mixed = _outputs(decoder, mixed_RM, positions)
+    return all(torch.equal(one[0], two[0]) for one, two in zip(expected, mixed, strict=True))
+
+
+def _outputs(decoder: Decoder, hidden_RM: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    context: AttentionContext = context_at(
+        decoder.spec, positions, dtype=decoder.dtype, attend=_own_query, lengths=torch.full_like(positions, 1)
+    )
+    hidden_BRM = decoder.layers[0].forward(hidden_RM.unsqueeze(0), context)
+    return hidden_BRM[0], decoder.head.logits(hidden_BRM[0])
+
+
+def _own_query(
+    layer_index: int,
+    query_BNSD: torch.Tensor,
+    key_BKSD: torch.Tensor,
+    value_BKSD: torch.Tensor,
+    spec: DecoderSpec,
+    /,
+) -> torch.Tensor:
+    """Stand in for attention with something that works row by row and depends on keys and values too."""
+    del layer_index
+    group = spec.num_heads // spec.num_kv_heads
+    past_BNSD = (key_BKSD + value_BKSD).repeat_interleave(group, dim=1)
+    return (query_BNSD + past_BNSD).transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,0 +1,62 @@
+"""What the sampler is asked, and what it answers. Shapes: `V` vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optgptq.errors import OptGPTQError
+from optgptq.scheduling.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class SamplingRow:
+    """What one row of logits is sampled with; the token ids are read, never kept.
+
+    Attributes:
+        params: checked against the vocabulary (`SamplingParams.check_against`).
+        prompt_ids: token ids of the prompt.
+        output_ids: token ids written so far; how many there are is the number of the new token.
+        seed: of the request, 0 or more.
+        fork: which of the request's `n` texts this is.
+        eos_token_ids: end-of-text tokens of the model.
+    """
+
+    params: SamplingParams
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+    seed: int
+    fork: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """How likely the model found a token.
+
+    Attributes:
+        token_id: the token.
+        logprob: natural logarithm of its probability, before any sampling parameter.
+        rank: 1 for the likeliest token; of equally likely tokens the lower id comes first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    """The next token of a text, or why there is none.
+
+    Attributes:
+        token_id: the token; 0, which means nothing, where there is an error.
+        logprob: as in `TokenLogprob`; None where `logprobs` is None.
+        top_logprobs: the `logprobs` likeliest tokens by rank, then the chosen one if it is not among them.
+        error: why no token could be chosen for this row; other rows are not touched by it. None: one was chosen.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+    error: OptGPTQError | None = None

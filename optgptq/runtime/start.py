@@ -1,0 +1,104 @@
+"""From a model and settings to a runner with its memory: kernels are chosen, memory is planned, both are logged."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import torch
+
+from optgptq.kernels.attention_choice import choose_attention
+from optgptq.memory import available_memory_bytes
+from optgptq.models.decoder import Decoder
+from optgptq.models.spec import DecoderSpec
+from optgptq.runtime.engine_settings import EngineSettings
+from optgptq.runtime.fused_linears import fuse_linears
+from optgptq.runtime.memory_plan import MemoryPlan, plan_memory
+from optgptq.runtime.page_pool import PagePool
+from optgptq.runtime.runner import Runner
+from optgptq.scheduling.settings import PageGroup, SchedulerSettings
+
+logger = logging.getLogger(__name__)
+
+# Where the system does not say what is left.
+_UNKNOWN_MEMORY_BYTES = 4 << 30
+
+
+def start_runner(decoder: Decoder, settings: EngineSettings) -> tuple[Runner, SchedulerSettings]:
+    """Return a runner and what its scheduler has to know. The decoder's linears are fused in place.
+
+    Raises:
+        CapacityError: not even one text fits into the memory.
+    """
+    spec, device = decoder.spec, decoder.device
+    running = settings.running(device.type)
+    step_tokens = settings.step_tokens(device.type)
+    plan = plan_memory(
+        spec,
+        page_size=settings.page_size,
+        number_bytes=decoder.dtype.itemsize,
+        budget_bytes=_budget_bytes(decoder, settings, step_tokens),
+        max_length=settings.max_length,
+        max_running=running,
+        max_step_tokens=step_tokens,
+    )
+    _log_plan(plan, spec, wanted=settings.max_length)
+    attention = choose_attention(device, decoder.dtype, spec.head_dim)
+    level = logging.WARNING if attention.is_makeshift else logging.INFO
+    logger.log(level, "%s kernel for attention: %s", attention.name, attention.reason)
+    pool = PagePool.allocate(plan, spec, dtype=decoder.dtype, device=device)
+    runner = Runner.start(fuse_linears(decoder), pool, attention, deterministic=settings.deterministic)
+    return runner, scheduler_settings(plan, spec, settings, step_tokens=step_tokens, max_running=running)
+
+
+def scheduler_settings(
+    plan: MemoryPlan, spec: DecoderSpec, settings: EngineSettings, *, step_tokens: int, max_running: int
+) -> SchedulerSettings:
+    """Return what the scheduler has to know of the model and the memory."""
+    restarts = {rope.original_max_position for rope in spec.ropes if rope.kind == "longrope"}
+    return SchedulerSettings(
+        page_size=plan.page_size,
+        groups=tuple(
+            PageGroup(num_pages=pages, window=group.window)
+            for group, pages in zip(plan.groups, plan.num_pages, strict=True)
+        ),
+        max_length=plan.max_length,
+        max_step_tokens=step_tokens,
+        max_running=max_running,
+        max_waiting=sys.maxsize if settings.max_waiting is None else settings.max_waiting,
+        prefix_cache=settings.prefix_cache,
+        watermark_ratio=settings.watermark_ratio,
+        aging_steps=settings.aging_steps,
+        restart_lengths=tuple(sorted(length for length in restarts if length < plan.max_length)),
+    )
+
+
+def _budget_bytes(decoder: Decoder, settings: EngineSettings, step_tokens: int) -> int:
+    if settings.kv_cache_bytes is not None:
+        return settings.kv_cache_bytes
+    share = settings.memory_share_of(decoder.device.type)
+    if decoder.device.type == "cpu":
+        available = available_memory_bytes()
+        return int(share * (_UNKNOWN_MEMORY_BYTES if available is None else available))
+    free, _ = torch.cuda.mem_get_info(decoder.device)
+    return int(share * max(free - step_bytes(decoder.spec, step_tokens, decoder.dtype.itemsize), 0))
+
+
+def step_bytes(spec: DecoderSpec, step_tokens: int, number_bytes: int) -> int:
+    """Return what the activations of one step take at most, roughly: a layer's, and logits of every token."""
+    heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    per_token = 4 * spec.hidden_size + 3 * heads + 3 * spec.intermediate_size
+    return step_tokens * (per_token * number_bytes + spec.vocab_size * 8)
+
+
+def _log_plan(plan: MemoryPlan, spec: DecoderSpec, *, wanted: int | None) -> None:
+    logger.info("%s", plan.sentence())
+    promised = spec.position_limit or spec.max_position
+    if wanted is None and promised is not None and plan.max_length < promised:
+        logger.warning(
+            "texts end at %d tokens: the model promises %d, but memory for keys and values holds no more",
+            plan.max_length,
+            promised,
+        )
+    if wanted is not None and promised is not None and wanted > promised:
+        logger.warning("texts may have %d tokens, the model promises %d: they get worse beyond them", wanted, promised)

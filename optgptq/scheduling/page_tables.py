@@ -1,0 +1,191 @@
+"""The page tables of sequences: pages of every group are taken, shared, found again and given back together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optgptq.scheduling.pages import PageAllocator
+from optgptq.scheduling.prefix import page_digest, root_digest
+from optgptq.scheduling.request import Sequence
+from optgptq.scheduling.settings import SchedulerSettings
+from optgptq.scheduling.step import PageCopy
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefix:
+    """Pages that hold the first `num_tokens` of a sequence already; of each group `num_idle` of them are free."""
+
+    num_tokens: int
+    page_tables: list[list[int]]
+    num_idle: list[int]
+
+
+class PageTables:
+    """All pages of a model and what the tables of sequences do with them."""
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self._settings = settings
+        self._page_size = settings.page_size
+        self._groups = settings.groups
+        self._watermarks = [settings.watermark(group) for group in settings.groups]
+        self._windowed = [index for index, group in enumerate(settings.groups) if group.window is not None]
+        self.allocators = tuple(PageAllocator(group.num_pages) for group in settings.groups)
+
+    @property
+    def num_free(self) -> tuple[int, ...]:
+        """Free pages of each group."""
+        return tuple(allocator.num_free for allocator in self.allocators)
+
+    def room(self, sequence: Sequence) -> int:
+        """Return how many more positions of a running sequence its own and the free pages hold."""
+        begin = sequence.num_computed
+        rooms = []
+        for allocator, table in zip(self.allocators, sequence.page_tables, strict=True):
+            num_free = allocator.num_free - self._writes_to_shared(allocator, table, begin)
+            rooms.append((len(table) + num_free) * self._page_size - begin if num_free >= 0 else 0)
+        return min(rooms)
+
+    def room_after(self, prefix: Prefix, *, keep_watermark: bool) -> int:
+        """Return how many positions the free pages hold after a prefix that was found."""
+        rooms = []
+        for allocator, watermark, num_idle in zip(self.allocators, self._watermarks, prefix.num_idle, strict=True):
+            num_free = allocator.num_free - num_idle - (watermark if keep_watermark else 0)
+            rooms.append(num_free * self._page_size)
+        return max(0, min(rooms))
+
+    def extend(self, sequence: Sequence, end: int) -> list[PageCopy]:
+        """Give a sequence pages of its own for the positions up to `end` - 1; return what must be copied into them.
+
+        There must be `room` for them.
+        """
+        begin = sequence.num_computed
+        num_pages = -(-end // self._page_size)
+        copies = []
+        for group, (allocator, table) in enumerate(zip(self.allocators, sequence.page_tables, strict=True)):
+            if self._writes_to_shared(allocator, table, begin):
+                shared, own = table[-1], allocator.allocate()
+                allocator.fill(own, allocator.num_filled(shared))
+                allocator.release(shared)
+                table[-1] = own
+                copies.append(PageCopy(group, shared, own))
+            while len(table) < num_pages:
+                table.append(allocator.allocate())
+        return copies
+
+    def _writes_to_shared(self, allocator: PageAllocator, table: list[int], begin: int) -> bool:
+        """Return whether position `begin` lies in a page that others hold too."""
+        return begin % self._page_size != 0 and allocator.num_references(table[-1]) > 1
+
+    def advance(self, sequence: Sequence, end: int) -> None:
+        """Note that the positions up to `end` - 1 are written: full pages can be found, unseen ones are given back."""
+        size = self._page_size
+        for allocator, table in zip(self.allocators, sequence.page_tables, strict=True):
+            for number in range(sequence.num_computed // size, -(-end // size)):
+                allocator.fill(table[number], min(size, end - number * size))
+        sequence.num_computed = end
+        if self._settings.prefix_cache:
+            self._commit(sequence)
+        for group in self._windowed:
+            self._give_back(sequence, group)
+
+    def _commit(self, sequence: Sequence) -> None:
+        for number in range(sequence.num_committed, sequence.num_computed // self._page_size):
+            digest = self._digest(sequence, number)
+            for allocator, table in zip(self.allocators, sequence.page_tables, strict=True):
+                allocator.commit(table[number], digest)
+            sequence.num_committed = number + 1
+
+    def _digest(self, sequence: Sequence, number: int) -> bytes:
+        """Return the name of a full page of a sequence; the names of all pages before it are known."""
+        digests = sequence.digests
+        if number == len(digests):
+            root = root_digest(sequence.request.salt, sequence.restart_level)
+            begin = number * self._page_size
+            tokens = sequence.token_ids[begin : begin + self._page_size]
+            digests.append(page_digest(digests[-1] if digests else root, tokens))
+        return digests[number]
+
+    def _give_back(self, sequence: Sequence, group: int) -> None:
+        """Release the pages that the next position does not see."""
+        table = sequence.page_tables[group]
+        first = self._groups[group].first_visible_page(sequence.num_computed, self._page_size)
+        for number in range(sequence.num_given_back[group], first):
+            self.allocators[group].release(table[number])
+            table[number] = 0
+        sequence.num_given_back[group] = max(first, sequence.num_given_back[group])
+
+    def share(self, source: Sequence, target: Sequence) -> None:
+        """Let a sequence without pages begin with all pages of another one."""
+        for allocator, table in zip(self.allocators, source.page_tables, strict=True):
+            for page in table:
+                if page:
+                    allocator.hold(page)
+        target.page_tables = [list(table) for table in source.page_tables]
+        target.num_given_back = list(source.num_given_back)
+        target.num_computed = source.num_computed
+        target.num_committed = source.num_committed
+        target.digests = list(source.digests)
+        target.restart_level = source.restart_level
+
+    def release(self, sequence: Sequence) -> None:
+        """Take all pages from a sequence; of those that are free then, its last ones are forgotten first."""
+        for group, (allocator, table) in enumerate(zip(self.allocators, sequence.page_tables, strict=True)):
+            for page in reversed(table[sequence.num_given_back[group] :]):
+                allocator.release(page)
+            sequence.page_tables[group] = []
+            sequence.num_given_back[group] = 0
+        sequence.num_computed = sequence.num_committed = 0
+
+    def find_prefix(self, sequence: Sequence) -> Prefix:
+        """Return the longest beginning of a sequence that is in pages of all groups.
+
+        Whole pages only, and at least one token is left to compute. A windowed group needs no more than the pages that
+        the next position sees. Nothing is held yet.
+        """
+        level = self._settings.restart_level(len(sequence.token_ids))
+        if level != sequence.restart_level:
+            sequence.restart_level = level
+            sequence.digests = []
+        found: list[list[int | None]] = [[] for _ in self._groups]
+        num_pages = self._longest_prefix(sequence, found) if self._settings.prefix_cache else 0
+        tables: list[list[int]] = []
+        for group, pages in zip(self._groups, found, strict=True):
+            first = group.first_visible_page(num_pages * self._page_size, self._page_size)
+            tables.append([page if page and number >= first else 0 for number, page in enumerate(pages[:num_pages])])
+        num_idle = [
+            sum(page != 0 and allocator.num_references(page) == 0 for page in table)
+            for allocator, table in zip(self.allocators, tables, strict=True)
+        ]
+        return Prefix(num_pages * self._page_size, tables, num_idle)
+
+    def _longest_prefix(self, sequence: Sequence, found: list[list[int | None]]) -> int:
+        """Return the pages of the longest prefix; append what each group has for every page looked at to `found`."""
+        longest = 0
+        run_begins = [0] * len(self._groups)
+        for number in range((len(sequence.token_ids) - 1) // self._page_size):
+            digest = self._digest(sequence, number)
+            is_seen = True
+            for index, (group, allocator) in enumerate(zip(self._groups, self.allocators, strict=True)):
+                page = allocator.find(digest)
+                found[index].append(page)
+                if page is None:
+                    if group.window is None:
+                        return longest
+                    run_begins[index] = number + 1
+                first = group.first_visible_page((number + 1) * self._page_size, self._page_size)
+                is_seen = is_seen and run_begins[index] <= first
+            if is_seen:
+                longest = number + 1
+        return longest
+
+    def begin_with(self, sequence: Sequence, prefix: Prefix) -> None:
+        """Let a sequence without pages begin with the prefix that was found for it."""
+        for index, (allocator, table) in enumerate(zip(self.allocators, prefix.page_tables, strict=True)):
+            for page in table:
+                if page:
+                    allocator.hold(page)
+            first = self._groups[index].first_visible_page(prefix.num_tokens, self._page_size)
+            sequence.num_given_back[index] = first
+        sequence.page_tables = prefix.page_tables
+        sequence.num_computed = prefix.num_tokens
+        sequence.num_committed = prefix.num_tokens // self._page_size

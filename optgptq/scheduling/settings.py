@@ -1,0 +1,138 @@
+"""What a scheduler has to work with: groups of pages, and the limits of a step and of the queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from optgptq.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageGroup:
+    """Pages of the layers that see the same positions.
+
+    `num_pages` counts page 0, which is never handed out: padded rows of a graph write there. With a `window` a query at
+    position q sees the keys q - window + 1 .. q; None: all keys up to its own.
+    """
+
+    num_pages: int
+    window: int | None
+
+    @property
+    def num_usable(self) -> int:
+        """Pages that sequences can have."""
+        return self.num_pages - 1
+
+    def first_visible_page(self, position: int, page_size: int) -> int:
+        """Return the number of the first page with a key that a query at `position` sees."""
+        return 0 if self.window is None else max(0, position - self.window + 1) // page_size
+
+    def most_visible_pages(self, page_size: int) -> int | None:
+        """Return how many pages the keys of one query touch at most; None where that grows with its position."""
+        return None if self.window is None else (self.window + page_size - 2) // page_size + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    """Limits of a scheduler.
+
+    Args:
+        page_size: slots of a page; the same in all groups.
+        groups: the pages, one group for each kind of layer.
+        max_length: tokens of a sequence, prompt and new ones.
+        max_step_tokens: positions that one step computes.
+        max_running: sequences that hold pages at the same time.
+        max_waiting: sequences in the queue; more are refused.
+        prefix_cache: whether full pages are found again by later requests.
+        watermark_ratio: part of all pages that an admission leaves free, for the growth of what runs.
+        aging_steps: calls of `schedule` after which a request counts as much as a new one of the next better priority.
+        restart_lengths: ascending lengths; a sequence that grows past one is computed again from its first token.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    page_size: int
+    groups: tuple[PageGroup, ...]
+    max_length: int
+    max_step_tokens: int
+    max_running: int
+    max_waiting: int
+    prefix_cache: bool = True
+    watermark_ratio: float = 0.01
+    aging_steps: int = 64
+    restart_lengths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("page_size", self.page_size, 1),
+            ("number of groups", len(self.groups), 1),
+            ("max_length", self.max_length, 2),
+            ("max_running", self.max_running, 1),
+            ("max_waiting", self.max_waiting, 1),
+            ("aging_steps", self.aging_steps, 1),
+        ):
+            _require(name, value >= least, expected=f"{least} or more", found=str(value))
+        # Every running sequence that writes text gets its token in every step, and one more can be read in.
+        _require(
+            "max_step_tokens",
+            self.max_step_tokens >= self.max_running,
+            expected=f"max_running = {self.max_running} or more",
+            found=str(self.max_step_tokens),
+        )
+        _require(
+            "watermark_ratio", 0 <= self.watermark_ratio < 1, expected="0 to below 1", found=str(self.watermark_ratio)
+        )
+        for group in self.groups:
+            _require("num_pages", group.num_pages >= 2, expected="2 or more", found=str(group.num_pages))
+            _require("window", group.window is None or group.window >= 1, expected="1 or more", found=str(group.window))
+        lengths = (0, *self.restart_lengths)
+        _require(
+            "restart_lengths",
+            all(shorter < longer for shorter, longer in pairwise(lengths)),
+            expected="ascending lengths of 1 or more",
+            found=str(self.restart_lengths),
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that `max_length` and the pages allow when it runs alone.
+
+        The last token of a text is not computed, so it takes no slot.
+        """
+        return min([self.max_length, *(length for group in self.groups if (length := self._slots_alone(group)))])
+
+    def _slots_alone(self, group: PageGroup) -> int | None:
+        """Return the tokens of the longest sequence that one group allows; None where its pages are enough for any."""
+        span = group.most_visible_pages(self.page_size)
+        return None if span is not None and span <= group.num_usable else group.num_usable * self.page_size + 1
+
+    def watermark(self, group: PageGroup) -> int:
+        """Return the pages of a group that an admission leaves free."""
+        return int(self.watermark_ratio * group.num_usable)
+
+    @property
+    def largest_first_chunk(self) -> int:
+        """Tokens of a first chunk that the windowed groups hold with the watermark kept and nothing else running.
+
+        An admission that waited for more pages than that would wait for ever. Groups without a window do not count:
+        their room for one sequence is `longest`.
+        """
+        rooms = [self.max_length]
+        for group in self.groups:
+            span = group.most_visible_pages(self.page_size)
+            if span is not None:
+                rooms.append((group.num_usable - self.watermark(group) - span) * self.page_size)
+        return max(1, min(rooms))
+
+    def restart_level(self, length: int) -> int:
+        """Return how many of the restart lengths a sequence of `length` tokens exceeds."""
+        return sum(length > limit for limit in self.restart_lengths)
+
+
+def _require(name: str, holds: bool, *, expected: str, found: str) -> None:
+    if not holds:
+        raise UsageError(
+            f"scheduler setting {name}", expected=expected, found=found, action="Correct this setting of the engine."
+        )

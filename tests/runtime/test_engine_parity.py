@@ -1,0 +1,65 @@
+"""The engine writes what transformers' `generate` writes, token by token, for every family and however it is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.tiny_models import TINY_MODELS, random_tokens, reference_greedy, reference_model, save_reference
+
+from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.models.decoder import load_decoder
+from optgptq.runtime.engine import Engine
+from optgptq.runtime.engine_settings import EngineSettings
+from optgptq.runtime.llm import generate
+from optgptq.scheduling.sampling_params import SamplingParams
+
+NEW = 20
+GREEDY = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
+# On both sides of the sliding windows, of `dynamic`'s 16 positions, of longrope's 64, and of pages.
+SIZES = (3, 12, 61, 16)
+
+
+@pytest.fixture(scope="module", params=TINY_MODELS, ids=lambda tiny: tiny.name)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    model = reference_model(request.param)
+    folder = save_reference(model, tmp_path_factory.mktemp("tiny"))
+    prompts = [random_tokens(1, size, seed=size)[0].tolist() for size in SIZES]
+    return folder, prompts, [reference_greedy(model, prompt, NEW) for prompt in prompts]
+
+
+def engine_of(folder: Path, **settings: object) -> Engine:
+    wanted = {"page_size": 8, "max_running": 8, "max_length": 128, **settings}
+    return Engine(load_decoder(CheckpointFolder.open(folder)), None, EngineSettings(**wanted))
+
+
+def tokens(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    results = generate(engine, prompts, GREEDY)
+    assert all(result.error is None for result in results)
+    return [result.token_ids for result in results]
+
+
+def test_alone_batched_and_with_prefix_hits(case) -> None:
+    folder, prompts, expected = case
+    engine = engine_of(folder)
+    assert [tokens(engine, [prompt])[0] for prompt in prompts] == expected
+    hits = engine.usage().prefix_hit_tokens
+    assert tokens(engine, prompts) == expected
+    assert engine.usage().prefix_hit_tokens > hits
+
+
+def test_in_chunks_and_with_preemption(case) -> None:
+    folder, prompts, expected = case
+    probe = engine_of(folder, max_running=1, max_step_tokens=7)
+    # Room for one text of 96 tokens, so that four texts of 128 + 4 * 20 tokens push each other out.
+    bytes_per_text = sum(group.page_bytes for group in probe.runner.attend.pool.plan.groups) * (96 // 8 + 2)
+    engine = engine_of(folder, max_step_tokens=11, max_length=96, kv_cache_bytes=bytes_per_text, prefix_cache=False)
+    assert tokens(engine, prompts) == expected
+    usage = engine.usage()
+    assert usage.allocated_slots == 0
+    assert usage.num_steps > NEW
+
+
+def test_deterministic_blocks(case) -> None:
+    folder, prompts, expected = case
+    assert tokens(engine_of(folder, deterministic=True), prompts) == expected
