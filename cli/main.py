@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import convert, doctor, evaluate, generate, quantize, recipes, show
+from . import convert, doctor, evaluate, generate, gqa, quantize, recipes, show
 from .failures import Failure, failure_of, report, usage_failure
 from .interrupts import stop_on_request
 from .output import write_result
@@ -27,6 +27,7 @@ app.command("generate")(generate.generate)
 app.command("inspect")(show.inspect)
 app.command("verify")(show.verify)
 app.command("convert")(convert.convert)
+app.command("gqa")(gqa.group)
 app.command("recipes")(recipes.recipes)
 app.command("doctor")(doctor.doctor)
 

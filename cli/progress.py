@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .output import human_bytes, human_seconds
 
 if TYPE_CHECKING:
-    from optgptq.reports.events import DecoderLayerFinished, LinearFinished, ProgressEvent
+    from optgptq.reports.events import DecoderLayerFinished, HeadsGrouped, LinearFinished, ProgressEvent
 
 _LINEARS_SHOWN = 8
 
@@ -64,6 +64,8 @@ class JobProgress:
             case events.DecoderLayerFinished():
                 self.num_finished += 1
                 return (self._layer_line(event),)
+            case events.HeadsGrouped():
+                return (f"[{self.elapsed()}] {_heads_line(event)}",)
             case events.WarningRaised():
                 return self.warn(event.message)
 
@@ -103,3 +105,12 @@ class JobProgress:
         if left:
             parts.append(f"{human_seconds(left)} left")
         return ", ".join(parts)
+
+
+def _heads_line(event: HeadsGrouped) -> str:
+    ratio = event.perplexity_after / event.perplexity_before
+    return (
+        f"{event.num_kv_heads_before} to {event.num_kv_heads_after} key/value heads, "
+        f"{event.kv_bytes_per_token_before:,} to {event.kv_bytes_per_token_after:,} bytes per token, perplexity "
+        f"{event.perplexity_before:.4f} to {event.perplexity_after:.4f} ({ratio:.3f} times) on {event.measured_on}"
+    )

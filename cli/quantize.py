@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .display import job_display
+from .gqa import heads_rows
 from .options import DeviceOption, JsonOption, ModelArgument, OverwriteOption, QuietOption, RevisionOption
 from .output import human_bytes, human_seconds, table, write_json, write_result
 
@@ -70,6 +71,7 @@ def _summary(result: QuantizeResult) -> str:
     rows = [
         ("output", str(result.output)),
         ("bits per weight", f"{result.bits_per_weight:.4f}"),
+        *(heads_rows(result.record["gqa"]) if "gqa" in result.record else ()),
         ("time", human_seconds(result.seconds)),
         ("peak memory", human_bytes(result.peak_memory_bytes)),
         ("warnings", str(len(result.warnings))),

@@ -20,8 +20,7 @@ from optgptq.models.decoder import load_decoder
 from optgptq.models.inventory import model_linears
 from optgptq.models.spec import DecoderSpec
 from optgptq.recipe.calibration import CalibrationRecipe
-from optgptq.runtime.sampling import SamplingSettings
-from optgptq.runtime.self_text import write_windows
+from optgptq.runtime.self_text import SelfWriting, write_windows
 
 
 def calibration_windows(
@@ -58,8 +57,7 @@ def _self_text(
 ) -> Windows:
     """Sample windows from the dense model, which is in memory as a whole while it writes."""
     bos_token_id = require_bos(tokenizer, calibration.bos) if calibration.bos == "window" else None
-    settings = SamplingSettings(
-        max_tokens=window_size,
+    writing = SelfWriting(
         temperature=calibration.self_temperature,
         seed=calibration.seed,
         eos_token_ids=tokenizer.eos_token_ids,
@@ -69,7 +67,7 @@ def _self_text(
         load_decoder(folder, dtype=dtype, device=device),
         calibration.num_windows,
         text_size,
-        settings=settings,
+        writing=writing,
         bos_token_id=tokenizer.bos_token_id,
     )
     if bos_token_id is not None:

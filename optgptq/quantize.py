@@ -17,18 +17,23 @@ from optgptq.calibration_text import calibration_windows
 from optgptq.checkpoint.folder import CONFIG_FILE, CheckpointFolder
 from optgptq.checkpoint.manifest import describe_files, write_manifest
 from optgptq.checkpoint.publish import require_disk_space, staging_folder
-from optgptq.checkpoint.source import ReplacedTensors
+from optgptq.checkpoint.source import ReplacedTensors, TensorSource
 from optgptq.checkpoint.writer import ShardWriter
 from optgptq.data.windows import Windows
-from optgptq.errors import ModelError
-from optgptq.formats import CheckpointFormat, detect, format_named
+from optgptq.formats import CheckpointFormat, format_named
 from optgptq.formats.checkpoint import copy_dense, plan_entries, write_side_files
+from optgptq.formats.dense import require_dense
 from optgptq.formats.verify import verify_written, weight_digest
+from optgptq.gqa.convert import GroupedModel
+from optgptq.gqa.job import group_into, grouping_warnings, remove_heads
+from optgptq.gqa.plan import plan_grouping
+from optgptq.gqa.source import grouped_source
 from optgptq.job_record import JobRecord
 from optgptq.memory import peak_memory_bytes, return_free_memory
 from optgptq.models.checks import check_inventory
 from optgptq.models.loading import load_layer
 from optgptq.models.registry import model_spec
+from optgptq.models.spec import DecoderSpec
 from optgptq.native.library import native_name
 from optgptq.plan import outer_layouts, plan_linears
 from optgptq.recipe.loading import recipe_for_record
@@ -86,6 +91,8 @@ def quantize(
         progress(events.PhaseStarted(name="verifying", detail="reading back every tensor"))
         verify_written(CheckpointFolder.open(staging.path), job.tensors, job.layouts, digests)
         manifest = job.manifest()
+        if job.grouped is not None:
+            remove_heads(staging.path)
         write_manifest(staging.path, manifest)
         staging.publish()
     return QuantizeResult(
@@ -107,11 +114,14 @@ class _Job:
         self.device = require_device(device)
         self.progress = progress
         self.form: CheckpointFormat = format_named(recipe.export.format)
-        _require_dense(source)
+        require_dense(source)
         self.original_spec = model_spec(source)
         check_inventory(source, self.original_spec)
-        # What is quantized; the same as the source where no transform is asked.
-        self.tensors, self.spec = transformed_source(source, self.original_spec, _transform_settings(recipe))
+        self.grouping = plan_grouping(source, self.original_spec, recipe)
+        # What is quantized; the same as the source where neither heads are grouped nor a transform is asked.
+        self.tensors, self.spec = self._quantized_source(
+            source if self.grouping is None else grouped_source(source, self.grouping)
+        )
         check_norm_tweaking(self.spec, recipe)
         self.plans = plan_linears(self.spec, recipe, self.form)
         self.layouts = [*(plan.layout for plan in self.plans), *outer_layouts(self.spec)]
@@ -123,6 +133,7 @@ class _Job:
             {"name": layout.name, "reason": layout.dense_reason} for layout in outer_layouts(self.spec)
         ]
         self.windows: Windows | None = None
+        self.grouped: GroupedModel | None = None
 
     @torch.no_grad()
     def run(self, folder: Path) -> dict[str, str]:
@@ -131,6 +142,7 @@ class _Job:
         entries = plan_entries(self.tensors, self.layouts, self.form)
         require_disk_space(folder, sum(entry.num_bytes for entry in entries) + _SMALL_FILES_BYTES)
         self.windows = windows = self._read_windows()
+        self._group_heads(windows, folder)
         writer = ShardWriter(folder, entries, max_shard_bytes=self.recipe.export.max_shard_bytes)
         digests: dict[str, str] = {}
         norm_tensors: dict[str, torch.Tensor] = {}
@@ -187,6 +199,7 @@ class _Job:
                 "torch": str(torch.__version__),
                 "native": native_name(),
             },
+            **({} if self.grouped is None else {"gqa": self.grouped.record}),
             "bits_per_weight": self.record.bits_per_weight,
             "layers": self.record.layers,
             "dense": self.record.dense,
@@ -204,8 +217,28 @@ class _Job:
         )
         for warning in self.form.check(self.layouts, scale_dtype=self.scale_dtype):
             self._warn(warning)
-        for warning in transform_warnings(self.original_spec, _transform_settings(self.recipe)):
+        told = () if self.grouping is None else grouping_warnings(self.grouping, self.recipe)
+        for warning in (*told, *transform_warnings(self.original_spec, _transform_settings(self.recipe))):
             self._warn(warning)
+
+    def _quantized_source(self, source: TensorSource) -> tuple[TensorSource, DecoderSpec]:
+        spec = self.original_spec if self.grouping is None else self.grouping.new_spec
+        return transformed_source(source, spec, _transform_settings(self.recipe))
+
+    def _group_heads(self, windows: Windows, folder: Path) -> None:
+        if self.grouping is None:
+            return
+        self.grouped = group_into(
+            self.source,
+            self.grouping,
+            self.recipe,
+            windows,
+            folder,
+            dtype=self.dtype,
+            device=self.device,
+            progress=self.progress,
+        )
+        self.tensors, self.spec = self._quantized_source(self.grouped.source)
 
     def _read_windows(self) -> Windows:
         self.progress(events.PhaseStarted(name="calibration text", detail=self.recipe.calibration.source))
@@ -264,14 +297,3 @@ def _transform_settings(recipe: Recipe) -> TransformSettings:
         value_rotation=transform.value_rotation,
         seed=transform.seed,
     )
-
-
-def _require_dense(source: CheckpointFolder) -> None:
-    form = detect(source)
-    if form is not None:
-        raise ModelError(
-            str(source.path),
-            expected="a model with dense weights",
-            found=f"one that is quantized already ({form.name})",
-            action="Start from the original model; `optgptq convert` changes the layout of a quantized one.",
-        )

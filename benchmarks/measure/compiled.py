@@ -25,7 +25,7 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CASE_MODULES = ("measure.compiled_attention", "measure.compiled_leaves")
+CASE_MODULES = ("measure.compiled_attention", "measure.compiled_leaves", "measure.compiled_affine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,7 @@ class CompiledCase:
         options: by target: `num_warps`, `num_stages` and the like. Targets that are missing are not compiled for.
         instruction: by target: a regular expression of the matrix instruction that the text must have (PTX for CUDA,
             AMDGCN for HIP); nothing where the kernel multiplies no matrices.
+        multiples: whole numbers that are multiples of 16, as triton finds at a launch; pointers always are.
     """
 
     name: str
@@ -68,6 +69,7 @@ class CompiledCase:
     constants_of: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     options: Mapping[str, Mapping[str, Any]]
     instruction: Mapping[str, str] = field(default_factory=dict)
+    multiples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +107,11 @@ def compile_case(case: CompiledCase, target: str) -> Any:
         signature=kinds,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         # Tensors of torch begin at multiples of 16 bytes.
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in kinds.items() if kind[0] == "*"},
+        attrs={
+            (place,): [["tt.divisibility", 16]]
+            for place, (name, kind) in enumerate(kinds.items())
+            if kind[0] == "*" or name in case.multiples
+        },
     )
     return triton.compile(source, target=TARGETS[target].device, options=dict(case.options[target]))
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from measure.compiled import TARGETS, CompiledCase
 
+from optgptq.kernels.device_kind import DeviceKind
 from optgptq.kernels.triton_attention import (
     JOINED_TOGETHER,
     SEGMENT,
     STORED_TOGETHER,
-    DeviceKind,
     choose_tiles,
     padded_head_dim,
 )
@@ -56,6 +56,8 @@ def cases() -> list[CompiledCase]:
         attention_case("fp16", 80, "all", **chunk),
         attention_case("bf16", 256, "split", **decode),
         attention_case("bf16", 256, "all", **chunk),
+        attention_case("bf16", 96, "all", **chunk),
+        attention_case("bf16", 32, "all", **chunk),
         attention_case("fp32", 64, "all", **chunk),
         attention_case("bf16", 128, "all", rule={"window": "i32", "softcap": "fp32"}, label="window, cap", **chunk),
         attention_case("bf16", 128, "split", rule={"slopes": "*fp32"}, label="ALiBi", **decode),
@@ -98,6 +100,7 @@ def attention_case(
         constants_of={name: {"TILE": each.keys, "BLOCK_M": each.rows} for name, each in tiles.items()},
         options={name: each.options for name, each in tiles.items()},
         instruction={} if kind == "fp32" else INSTRUCTIONS,
+        multiples=("query_token_stride",),
     )
 
 
@@ -126,4 +129,5 @@ def _store_case(kind: str, head_dim: int) -> CompiledCase:
         signature=POINTERS | {name: f"*{kind}" for name in ("key", "value", "keys", "values")},
         constants=constants | {"BLOCK_T": STORED_TOGETHER},
         options=dict.fromkeys(TARGETS, {"num_warps": 4}),
+        multiples=("key_token_stride", "value_token_stride"),
     )

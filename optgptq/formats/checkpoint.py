@@ -75,12 +75,30 @@ def write_side_files(
     Raises:
         CapacityError, OutputError: a file cannot be written.
     """
-    for name in source.side_files:
-        if name not in OWN_FILES:
-            _copy_file(require_inside(source.path, name), folder / name)
+    copy_side_files(source, folder)
     _write_text(folder / CONFIG_FILE, config_text(_source_text(source), form.quantization_config(layouts)))
     for name, content in form.extra_files(layouts).items():
         _write_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def copy_side_files(source: TensorSource, folder: Path) -> None:
+    """Copy every other file byte for byte, but for those that every checkpoint has of its own.
+
+    Raises:
+        CapacityError, OutputError: a file cannot be written.
+    """
+    for name in source.side_files:
+        if name not in OWN_FILES:
+            _copy_file(require_inside(source.path, name), folder / name)
+
+
+def write_dense_config(source: TensorSource, folder: Path) -> None:
+    """Write the config of `source`: the bytes of its file where that says the same.
+
+    Raises:
+        CapacityError, OutputError: the file cannot be written.
+    """
+    _write_text(folder / CONFIG_FILE, _source_text(source))
 
 
 def config_text(text: str, quantization: Mapping[str, Any]) -> str:

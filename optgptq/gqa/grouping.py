@@ -1,11 +1,7 @@
 """Which key/value heads are merged: neighbours, or heads whose activations are alike.
 
-Two heads are as alike as the cosine of their activations becomes once one of them is turned by the best map that
-attention allows: any rotation where positions do not turn keys, a rotation of each frequency plane where they do. Keys
-and values count the same.
-
-Source: activation-informed grouping after Opt-GPTQ, arXiv 2505.02351, and Chen et al., arXiv 2406.14963; alignment
-before the comparison after Jin et al., arXiv 2412.20677.
+Source: grouping by the cosine of activations after Opt-GPTQ, arXiv 2505.02351, and Chen et al., arXiv 2406.14963;
+alignment before the comparison after Jin et al., arXiv 2412.20677.
 
 Shapes: `K` key/value heads, `D` head dimension, `P` frequency planes.
 """
@@ -14,11 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import combinations
 
 import torch
 
-from optgptq.gqa.rotary import plane_moments
-from optgptq.gqa.statistics import Groups
+from optgptq.gqa.keys import KeyRule, centred_keys
+from optgptq.gqa.rotary import plane_moments, plane_weights
+from optgptq.gqa.statistics import Groups, HeadMoments
+from optgptq.gqa.subspace import weighted_moment
 
 # Up to this number of ways to form groups all of them are compared: 10 heads in pairs, 9 in threes, 12 in sixes.
 _EXACT_PARTITIONS = 1000
@@ -44,27 +43,55 @@ def similar_groups(similarity_KK: torch.Tensor, size: int) -> Groups:
     return tuple(sorted(tuple(sorted(group)) for group in found))
 
 
-def head_similarity(key_KDKD: torch.Tensor, value_KDKD: torch.Tensor, *, rotary_dim: int) -> torch.Tensor:
-    """Return `[K, K]` float64: the mean of the aligned cosines of keys and of values.
+def head_similarity(weights: tuple[torch.Tensor, torch.Tensor], moments: HeadMoments, rule: KeyRule) -> torch.Tensor:
+    """Return `[K, K]` float64: the share of energy that two heads keep when they are merged, mean of keys and values.
 
-    `key_KDKD` and `value_KDKD` are moments of all heads with each other; the first `rotary_dim` features of a key turn.
+    It is a cosine of their activations after the best alignment that attention allows, in the measure of the error that
+    counts: 1 where two heads span the same subspace, 1/2 where one tells nothing of the other.
+
+    Args:
+        weights: `[K, D, D]` each: what an error of a key costs, and of a value.
+        moments: of the heads.
+        rule: of the layer.
     """
-    still = key_KDKD[:, rotary_dim:, :, rotary_dim:]
-    planes_PKK = plane_moments(key_KDKD, rotary_dim).abs()
-    keys_KK = planes_PKK.sum(0) + _aligned_products(still)
-    return (_cosines(keys_KK, key_KDKD) + _cosines(_aligned_products(value_KDKD), value_KDKD)) / 2
+    keys_KDKD, turning = centred_keys(moments, rule), rule.rotary_dim
+    planes_KP = plane_weights(weights[0], turning)
+    roots_PKK = planes_KP.T.sqrt().unsqueeze(2) * planes_KP.T.sqrt().unsqueeze(1)
+    planes_PKK = roots_PKK * plane_moments(keys_KDKD, turning) / 2
+    still_KDKD = weighted_moment(weights[0][:, turning:, turning:], keys_KDKD[:, turning:, :, turning:])
+    values_KDKD = weighted_moment(weights[1], moments.value_KDKD)
+    found_KK = torch.eye(len(keys_KDKD), dtype=torch.float64)
+    for first, second in combinations(range(len(keys_KDKD)), 2):
+        pair = [first, second]
+        kept_planes, planes = _kept(planes_PKK[:, pair][:, :, pair].unsqueeze(2).unsqueeze(4))
+        kept_still, still = _kept(still_KDKD[pair][:, :, pair].unsqueeze(0))
+        kept_values, values = _kept(values_KDKD[pair][:, :, pair].unsqueeze(0))
+        keys = _share(kept_planes + kept_still, planes + still)
+        found_KK[first, second] = found_KK[second, first] = (keys + _share(kept_values, values)) / 2
+    return found_KK
 
 
-def _aligned_products(moment_KDKD: torch.Tensor) -> torch.Tensor:
-    """Return `[K, K]`: the largest mean product of two heads over all rotations of one, the nuclear norm (Procrustes)."""
-    if moment_KDKD.shape[1] == 0:
-        return moment_KDKD.new_zeros(len(moment_KDKD), len(moment_KDKD))
-    return torch.linalg.svdvals(moment_KDKD.transpose(1, 2)).sum(-1)
+def activation_cosines(moments: HeadMoments) -> torch.Tensor:
+    """Return `[K, K]` float64: cosines of the activations as they are, mean of keys and values, as published."""
+    found = []
+    for moment_KDKD in (moments.key_KDKD, moments.value_KDKD):
+        products_KK = torch.einsum("kdgd->kg", moment_KDKD)
+        energy_K = products_KK.diagonal().clamp(min=torch.finfo(torch.float64).tiny)
+        found.append(products_KK / (energy_K.unsqueeze(0) * energy_K.unsqueeze(1)).sqrt())
+    return (found[0] + found[1]) / 2
 
 
-def _cosines(products_KK: torch.Tensor, moment_KDKD: torch.Tensor) -> torch.Tensor:
-    energy_K = torch.einsum("kdkd->k", moment_KDKD).clamp(min=torch.finfo(torch.float64).tiny)
-    return products_KK / (energy_K.unsqueeze(0) * energy_K.unsqueeze(1)).sqrt()
+def _kept(pairs: torch.Tensor) -> tuple[float, float]:
+    """Return the energy that one head keeps of two, and that of both, for weighted moments `[..., 2, D, 2, D]`."""
+    size = pairs.shape[-1]
+    if size == 0 or pairs.shape[0] == 0:
+        return 0.0, 0.0
+    values = torch.linalg.eigvalsh(pairs.reshape(-1, 2 * size, 2 * size))
+    return float(values[:, size:].sum()), float(values.sum())
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 1.0
 
 
 def _total(table: list[list[float]], groups: Groups) -> float:
@@ -72,40 +99,32 @@ def _total(table: list[list[float]], groups: Groups) -> float:
 
 
 def _num_partitions(num_heads: int, size: int) -> int:
-    groups = num_heads // size
-    return math.factorial(num_heads) // (math.factorial(size) ** groups * math.factorial(groups))
+    choices = [math.comb(left - 1, size - 1) for left in range(num_heads, 0, -size)]
+    return math.prod(choices)
 
 
 def _partitions(heads: tuple[int, ...], size: int) -> Iterator[Groups]:
     if not heads:
         yield ()
         return
-    for others in _choices(heads[1:], size - 1):
+    for others in combinations(heads[1:], size - 1):
         rest = tuple(head for head in heads[1:] if head not in others)
         for groups in _partitions(rest, size):
             yield ((heads[0], *others), *groups)
 
 
-def _choices(heads: tuple[int, ...], count: int) -> Iterator[tuple[int, ...]]:
-    if count == 0:
-        yield ()
-        return
-    for index, head in enumerate(heads):
-        for others in _choices(heads[index + 1 :], count - 1):
-            yield (head, *others)
-
-
 def _grown(table: list[list[float]], size: int) -> Groups:
-    free, groups = set(range(len(table))), []
+    free = list(range(len(table)))
+    groups: list[tuple[int, ...]] = []
     while free:
-        ordered = sorted(free)
-        pairs = [(first, second) for first in ordered for second in ordered if first < second]
-        group = list(max(pairs, key=lambda pair: table[pair[0]][pair[1]]))[:size]
+        pairs = [(table[first][second], -first, -second) for first, second in combinations(free, 2)]
+        _, first, second = max(pairs)
+        group = [-first, -second]
         while len(group) < size:
-            left = [head for head in ordered if head not in group]
-            group.append(max(left, key=lambda head: math.fsum(table[head][member] for member in group)))
+            left = [(math.fsum(table[head][member] for member in group), -head) for head in free if head not in group]
+            group.append(-max(left)[1])
         groups.append(tuple(group))
-        free -= set(group)
+        free = [head for head in free if head not in group]
     return tuple(groups)
 
 

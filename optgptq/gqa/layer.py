@@ -1,7 +1,7 @@
-"""One decoder layer with fewer key/value heads, made where the converted model and the original one stand side by side.
+"""One decoder layer with fewer key/value heads, made while the converted model and the original one run side by side.
 
-The new stream runs through the layers as they have been converted so far, the original stream through the original ones.
-The heads are measured on the new stream: what the converted layers will read.
+The new stream runs through the layers as they have been converted so far, the original stream through the original
+ones. The heads are measured on the new stream: what the converted layers will read.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any, Literal
 import torch
 
 from optgptq.calibration.stream import ActivationStream, output_error
-from optgptq.gqa.grouping import adjacent_groups, head_similarity, similar_groups
-from optgptq.gqa.heads import read_heads, write_heads
-from optgptq.gqa.merge import KeyRule, centred_keys, key_rule, merge_heads
+from optgptq.gqa.grouping import activation_cosines, adjacent_groups, head_similarity, similar_groups
+from optgptq.gqa.heads import HeadWeights, read_heads, write_heads
+from optgptq.gqa.keys import KeyRule, key_rule, query_weights
+from optgptq.gqa.merge import merge_heads, reader_weights
 from optgptq.gqa.refit import OutputRefit, refit_output
 from optgptq.gqa.statistics import Groups, HeadMoments, measure_attended, measure_heads
 from optgptq.models.layer import DecoderLayer
 from optgptq.models.linear import Linear
 from optgptq.models.spec import STAGE_NAMES, DecoderSpec
 
-Grouping = Literal["similarity", "adjacent"]
+Grouping = Literal["similarity", "cosine", "adjacent"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +80,10 @@ def convert_layer(
     """
     rule = key_rule(layer.spec, layer.index)
     moments = measure_heads(streams[0], layer, dtype=settings.moment_dtype)
-    groups = _groups(moments, rule, settings)
+    heads = read_heads(layer)
+    groups = _groups(heads, moments, rule, settings)
     attended = measure_attended(streams[0], layer, groups, dtype=settings.moment_dtype)
-    merged = merge_heads(read_heads(layer), moments, attended, groups, rule)
+    merged = merge_heads(heads, moments, attended, groups, rule)
     converted = replace(layer, spec=new_spec, linears=dict(layer.linears))
     tensors = _store(converted, write_heads(merged.heads, new_spec), stored_dtype)
     streams[0].advance(converted, "qkv")
@@ -106,13 +108,13 @@ def convert_layer(
     return ConvertedLayer(layer=converted, tensors=tensors, record=record)
 
 
-def _groups(moments: HeadMoments, rule: KeyRule, settings: GroupingSettings) -> Groups:
-    num_kv_heads = len(moments.key_KDKD)
+def _groups(heads: HeadWeights, moments: HeadMoments, rule: KeyRule, settings: GroupingSettings) -> Groups:
     if settings.grouping == "adjacent":
-        return adjacent_groups(num_kv_heads, settings.size)
-    keys = centred_keys(moments, rule)
-    similarity_KK = head_similarity(keys, moments.value_KDKD, rotary_dim=rule.rotary_dim)
-    return similar_groups(similarity_KK, settings.size)
+        return adjacent_groups(len(moments.key_KDKD), settings.size)
+    if settings.grouping == "cosine":
+        return similar_groups(activation_cosines(moments), settings.size)
+    weights = query_weights(moments), reader_weights(heads)
+    return similar_groups(head_similarity(weights, moments, rule), settings.size)
 
 
 def _store(

@@ -1,15 +1,15 @@
 """Attention with merged heads: shared keys folded into the queries, shared values into the output projection.
 
-Keys. With no rotation between projection and score, `(T^T q) (e x) = q (T e x)` for any maps `T` and `e`; what all keys of
-a query have in common drops out of the softmax, so the keys' mean, and with it their bias, is left out of the problem.
-Where a soft cap or a rotation stands in between nothing drops out, and the bias goes the way of the keys.
+Keys. With no rotation between projection and score, `(T^T q) (e x) = q (T e x)` for any maps `T` and `e`; what all keys
+of a query have in common drops out of the softmax, so the keys' mean, and with it their bias, is left out of the
+problem. Where a soft cap or a rotation stands in between nothing drops out, and the bias goes the way of the keys.
 
 Values. `sum_n W_n (A_n v)` becomes `sum_n (W_n U) (A_n e v)`. Attention weights sum to one, so a constant part of the
 values is a constant of the output: where the output projection has a bias, the values' bias moves there, together with
 the mean of what is lost.
 
-Shapes: `N` query heads, `K` key/value heads, `D` head dimension, `I` input columns, `M` model width, `G` groups, `C` heads
-of a group.
+Shapes: `N` query heads, `K` key/value heads, `D` head dimension, `I` input columns, `M` model width, `G` groups,
+`C` heads of a group.
 """
 
 from __future__ import annotations
@@ -19,23 +19,10 @@ from dataclasses import dataclass
 import torch
 
 from optgptq.gqa.heads import HeadWeights
+from optgptq.gqa.keys import KeyRule, centred_keys, query_weights
 from optgptq.gqa.rotary import shared_rotary_key
 from optgptq.gqa.statistics import AttendedValues, Groups, HeadMoments
 from optgptq.gqa.subspace import SharedSubspace, shared_subspace
-from optgptq.models.spec import DecoderSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyRule:
-    """What of a key the scores depend on.
-
-    Attributes:
-        rotary_dim: leading features that positions turn.
-        drops_mean: a constant added to all keys changes no attention weight.
-    """
-
-    rotary_dim: int
-    drops_mean: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -51,20 +38,6 @@ class MergedHeads:
     heads: HeadWeights
     key_error: float
     value_error: float
-
-
-def key_rule(spec: DecoderSpec, layer_index: int) -> KeyRule:
-    """Return the rule of one decoder layer."""
-    rope = spec.layers[layer_index].rope
-    rotary_dim = 0 if rope is None else rope.rotary_dim
-    return KeyRule(rotary_dim=rotary_dim, drops_mean=rope is None and spec.attention_softcap is None)
-
-
-def centred_keys(moments: HeadMoments, rule: KeyRule) -> torch.Tensor:
-    """Return the moment of what the scores see of the keys, `[K, D, K, D]`."""
-    if not rule.drops_mean:
-        return moments.key_KDKD
-    return moments.key_KDKD - torch.einsum("kd,ge->kdge", moments.key_KD, moments.key_KD)
 
 
 def query_order(groups: Groups, num_heads: int, num_kv_heads: int) -> list[int]:
@@ -88,18 +61,16 @@ def merge_heads(
     keys = _shared_keys(moments, groups, rule)
     has_constant = heads.output_bias_M is not None
     values = _shared_values(heads, attended, groups, centred=has_constant)
-    order = query_order(groups, len(heads.query_NDI), len(heads.key_KDI))
-    decode_NDR = _by_query_head(keys, groups, order, len(heads.key_KDI))
+    num_heads, num_kv_heads = len(heads.query_NDI), len(heads.key_KDI)
+    order = query_order(groups, num_heads, num_kv_heads)
+    key_NDR, value_NDR = (_by_query_head(each, num_heads // num_kv_heads) for each in (keys, values))
+    bias_ND = heads.query_bias_ND
     merged = HeadWeights(
-        query_NDI=decode_NDR.mT @ heads.query_NDI[order],
+        query_NDI=key_NDR.mT @ heads.query_NDI[order],
         key_KDI=_encoded(keys, groups, heads.key_KDI),
         value_KDI=_encoded(values, groups, heads.value_KDI),
-        output_MND=torch.einsum(
-            "mnd,ndr->mnr", heads.output_MND[:, order], _by_query_head(values, groups, order, len(heads.key_KDI))
-        ),
-        query_bias_ND=None
-        if heads.query_bias_ND is None
-        else torch.einsum("ndr,nd->nr", decode_NDR, heads.query_bias_ND[order]),
+        output_MND=torch.einsum("mnd,ndr->mnr", heads.output_MND[:, order], value_NDR),
+        query_bias_ND=None if bias_ND is None else torch.einsum("ndr,nd->nr", key_NDR, bias_ND[order]),
         key_bias_KD=_key_bias(heads, keys, groups, rule),
         value_bias_KD=_value_bias(heads, values, groups),
         output_bias_M=None if not has_constant else _output_bias(heads, attended, values, groups),
@@ -109,8 +80,8 @@ def merge_heads(
 
 def _shared_keys(moments: HeadMoments, groups: Groups, rule: KeyRule) -> list[SharedSubspace]:
     key_KDKD = centred_keys(moments, rule)
-    num_kv_heads, size = key_KDKD.shape[:2]
-    query_KDD = moments.query_NDD.view(num_kv_heads, -1, size, size).sum(1)
+    size = key_KDKD.shape[1]
+    query_KDD = query_weights(moments)
     found = []
     for group in groups:
         members = list(group)
@@ -126,7 +97,7 @@ def _shared_values(
     heads: HeadWeights, attended: AttendedValues, groups: Groups, *, centred: bool
 ) -> list[SharedSubspace]:
     num_kv_heads, size = heads.value_KDI.shape[:2]
-    readers_KDD = _reader_weights(heads)
+    readers_KDD = reader_weights(heads)
     found = []
     for index, group in enumerate(groups):
         moment_CDCD = attended.moment_GCDCD[index]
@@ -138,17 +109,16 @@ def _shared_values(
     return found
 
 
-def _reader_weights(heads: HeadWeights) -> torch.Tensor:
+def reader_weights(heads: HeadWeights) -> torch.Tensor:
     """Return `[K, D, D]`: what an error of each value head costs at the attention's output."""
     num_kv_heads, size = heads.value_KDI.shape[:2]
     output_NDM = heads.output_MND.permute(1, 2, 0)
     return (output_NDM @ output_NDM.mT).view(num_kv_heads, -1, size, size).sum(1)
 
 
-def _by_query_head(shared: list[SharedSubspace], groups: Groups, order: list[int], num_kv_heads: int) -> torch.Tensor:
+def _by_query_head(shared: list[SharedSubspace], num_sharing: int) -> torch.Tensor:
     """Return `[N, D, D]`: the map from the shared head to the old one, for each query head in the new order."""
-    decode_KDR = torch.cat([each.decode_KDR for each in shared])
-    return decode_KDR.repeat_interleave(len(order) // num_kv_heads, dim=0)
+    return torch.cat([each.decode_KDR for each in shared]).repeat_interleave(num_sharing, dim=0)
 
 
 def _encoded(shared: list[SharedSubspace], groups: Groups, weight_KDX: torch.Tensor) -> torch.Tensor:

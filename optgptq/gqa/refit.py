@@ -1,10 +1,10 @@
 """The output projection fitted once more, to what the original attention wrote: a ridge regression in closed form.
 
 With `z` the outputs of the new heads and `y` what attention should add to the residual stream, the change `S` of the
-projection `W` minimizes the mean of `|y - (W + S) z|^2` plus a ridge `damp * mean(diag) * |S|^2`. `y` is the output of the
-original attention in the original model, plus what the residual stream itself has lost up to here. A bias, where there
-is one, is part of the regression and of no ridge. Only a change that lowers the error on windows that are in no sum is
-taken.
+projection `W` minimizes the mean of `|y - (W + S) z|^2` plus a ridge `damp * mean(diag) * |S|^2`. `y` is the output of
+the original attention in the original model, plus what the residual stream itself has lost up to here. A bias, where
+there is one, is part of the regression and of no ridge. Only a change that lowers the error on windows that are in no
+sum is taken.
 
 Shapes: `B` windows of a batch, `T` tokens, `I` inputs of the projection, `M` model width.
 """
@@ -150,7 +150,7 @@ def _held_out_errors(
 def _tokens(
     streams: tuple[ActivationStream, ActivationStream], layers: tuple[DecoderLayer, DecoderLayer], index: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return of one batch the inputs `[T, I]`, what the output lacks and what it should be, `[T, M]`; float32 or more."""
+    """Return of one batch the inputs `[T, I]`, what the output lacks and what it should be, `[T, M]`."""
     batch, reference = streams[0].batches[index], streams[1].batches[index]
     inputs_BSI = layers[0].stage_input("o", batch.state, streams[0].context)
     exact = torch.promote_types(inputs_BSI.dtype, torch.float32)

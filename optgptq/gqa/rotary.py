@@ -1,9 +1,9 @@
 """Maps of rotated heads: rotary embeddings commute with one complex factor per frequency plane and with nothing more.
 
 Feature `p` and feature `p + half` of a head are the real and imaginary part of one number, which position `j` turns by
-`exp(i j f_p)`; no two planes turn alike. So a shared key is, plane by plane, a complex combination of the group's keys,
-and each head gets it back by a complex factor: rank one instead of rank `D`, with the same solution. Features behind the
-rotated ones do not turn; they share a subspace as heads without rotation do.
+`exp(i j f_p)`; no two planes turn alike. So a shared key is, plane by plane, a complex combination of the group's
+keys, and each head gets it back by a complex factor: rank one instead of rank `D`, with the same solution. Features
+behind the rotated ones do not turn; they share a subspace as heads without rotation do.
 
 Shapes: `K` heads of the group, `D` features of a head, `P` planes. Real tensors are float64.
 """
@@ -38,6 +38,12 @@ def shared_rotary_key(weights_KDD: torch.Tensor, moment_KDKD: torch.Tensor, rota
     return SharedSubspace(encode_RKD=encode_DKD, decode_KDR=decode_KDD, error=error, energy=energy)
 
 
+def plane_weights(weights_KDD: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+    """Return `[K, P]`: the weight of each plane, the sum of those of its two features."""
+    weights_KD = weights_KDD.diagonal(dim1=1, dim2=2)[:, :rotary_dim]
+    return weights_KD.reshape(len(weights_KDD), 2, rotary_dim // 2).sum(1)
+
+
 def plane_moments(moment_KDKD: torch.Tensor, rotary_dim: int) -> torch.Tensor:
     """Return `[P, K, K]` complex moments `x_h conj(x_g)` of the planes, from the real moment of all features."""
     half = rotary_dim // 2
@@ -51,7 +57,7 @@ def plane_moments(moment_KDKD: torch.Tensor, rotary_dim: int) -> torch.Tensor:
 
 def _shared_planes(weights_KDD: torch.Tensor, moment_KDKD: torch.Tensor, rotary_dim: int) -> list[SharedSubspace]:
     num_heads, half = len(weights_KDD), rotary_dim // 2
-    weights_KP = weights_KDD.diagonal(dim1=1, dim2=2)[:, :rotary_dim].reshape(num_heads, 2, half).sum(1)
+    weights_KP = plane_weights(weights_KDD, rotary_dim)
     moments_PKK = plane_moments(moment_KDKD, rotary_dim)
     return [
         shared_subspace(

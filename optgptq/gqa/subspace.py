@@ -1,13 +1,13 @@
 """The best subspace that several heads can share: a weighted low-rank problem, solved in closed form.
 
-Heads `1 .. K` of a group have activations `x_h`; they become `t_h s` with one shared `s = sum_h e_h x_h` of `R` numbers.
+The heads of a group have activations `x_h`; they become `t_h s` with one shared `s = sum_h e_h x_h` of `R` numbers.
 What an error of head `h` costs is a quadratic form `W_h` (of the queries that meet the keys, of the output projection
 that reads the values), so the sum over heads of `tr(W_h (x_h - t_h s) (x_h - t_h s)^H)` is least. With `C` the moment
 of the stacked activations and `W` the block diagonal of the `W_h`, the optimum keeps the leading eigenvectors of
 `W^1/2 C W^1/2` (docs/math/grouped-query.md).
 
-Shapes: `K` heads of the group, `D` features of a head, `R` features of the shared head. Real, or complex where a feature
-is a frequency plane of a rotary embedding. Everything is float64 or complex128.
+Shapes: `K` heads of the group, `D` features of a head, `R` features of the shared head. Real, or complex where a
+feature is a frequency plane of a rotary embedding. Everything is float64 or complex128.
 
 Source: Eckart and Young, 1936, for the weighted matrix; the use on heads follows Yu et al., arXiv 2406.07056.
 """
@@ -54,8 +54,8 @@ def shared_subspace(weights_KDD: torch.Tensor, moment_KDKD: torch.Tensor, rank: 
         rank: features of the shared head, at most `K D`.
     """
     num_heads, size = weights_KDD.shape[:2]
-    root = torch.block_diag(*_square_roots(weights_KDD))
-    moment = moment_KDKD.reshape(num_heads * size, -1)
+    root = _square_root(weights_KDD)
+    moment = moment_KDKD.reshape(num_heads * size, num_heads * size)
     values, vectors = torch.linalg.eigh(_hermitian(root @ moment @ root))
     values, vectors = values.clamp(min=0).flip(0), vectors.flip(1)
     kept, leading = values[:rank], vectors[:, :rank]
@@ -72,16 +72,26 @@ def shared_subspace(weights_KDD: torch.Tensor, moment_KDKD: torch.Tensor, rank: 
     )
 
 
-def _square_roots(weights_KDD: torch.Tensor) -> torch.Tensor:
-    diagonal = weights_KDD.diagonal(dim1=-2, dim2=-1).real
-    floor = _WEIGHT_FLOOR * diagonal.mean()
-    # A group that nothing looks at keeps its plain moment.
-    floor = floor if floor > 0 else torch.ones_like(floor)
-    identity = torch.eye(weights_KDD.shape[-1], dtype=weights_KDD.dtype, device=weights_KDD.device)
-    values_KD, vectors_KDD = torch.linalg.eigh(_hermitian(weights_KDD + floor * identity))
-    roots_KD = values_KD.clamp(min=0).sqrt()
-    return (vectors_KDD * roots_KD.unsqueeze(-2)) @ vectors_KDD.mH
+def weighted_moment(weights_KDD: torch.Tensor, moment_KDKD: torch.Tensor) -> torch.Tensor:
+    """Return `W^1/2 C W^1/2`, `[K, D, K, D]`; its trace is the weighted energy of the heads."""
+    num_heads, size = weights_KDD.shape[:2]
+    root = _square_root(weights_KDD)
+    return _hermitian(root @ moment_KDKD.reshape(num_heads * size, num_heads * size) @ root).view(moment_KDKD.shape)
+
+
+def _square_root(weights_KDD: torch.Tensor) -> torch.Tensor:
+    """Return the root of the block diagonal, `[K D, K D]`."""
+    num_heads, size = weights_KDD.shape[:2]
+    floor = _WEIGHT_FLOOR * float(weights_KDD.diagonal(dim1=-2, dim2=-1).real.mean())
+    identity = torch.eye(size, dtype=weights_KDD.dtype, device=weights_KDD.device)
+    # Heads that nothing looks at share what their plain moment says.
+    values_KD, vectors_KDD = torch.linalg.eigh(_hermitian(weights_KDD + (floor or 1.0) * identity))
+    root_KDKD = weights_KDD.new_zeros(num_heads, size, num_heads, size)
+    heads = torch.arange(num_heads, device=weights_KDD.device)
+    root_KDKD[heads, :, heads] = (vectors_KDD * values_KD.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors_KDD.mH
+    return root_KDKD.view(num_heads * size, num_heads * size)
 
 
 def _hermitian(matrix: torch.Tensor) -> torch.Tensor:
-    return (matrix + matrix.mH) / 2
+    adjoint: torch.Tensor = matrix.mH
+    return (matrix + adjoint) / 2

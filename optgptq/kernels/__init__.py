@@ -14,6 +14,7 @@ import torch
 
 from optgptq.affine_weight import AffineWeight
 from optgptq.kernels.binary import binary_matmul
+from optgptq.kernels.packed_affine import PackedAffine
 from optgptq.kernels.packed_binary import PackedBinary
 from optgptq.kernels.reference import affine_matmul
 
@@ -27,7 +28,7 @@ class Matmul(Protocol[WeightTaken]):
     def __call__(self, x: torch.Tensor, weight: WeightTaken, *, bias_O: torch.Tensor | None = None) -> torch.Tensor: ...
 
 
-AffineMatmul = Matmul[AffineWeight]
+AffineMatmul = Matmul[AffineWeight] | Matmul[PackedAffine]
 BinaryMatmul = Matmul[PackedBinary]
 
 
@@ -40,6 +41,7 @@ class KernelChoice(Generic[Weight]):
         name: which implementation.
         reason: one sentence for the log and for `optgptq doctor`.
         call: the implementation.
+        weight_type: what it takes as a weight: `optgptq.runtime.linear` makes that of the decoded weight.
         is_makeshift: there is a faster one for the device, which cannot run here; worth a warning.
     """
 
@@ -47,16 +49,49 @@ class KernelChoice(Generic[Weight]):
     name: str
     reason: str
     call: Matmul[Weight]
+    weight_type: type[Weight]
     is_makeshift: bool = False
 
 
-def choose_affine_matmul(device: torch.device, dtype: torch.dtype) -> KernelChoice[AffineWeight]:
-    """Return the kernel that multiplies with affine weights on `device` in `dtype`; plain torch runs anywhere."""
+def choose_affine_matmul(
+    device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False
+) -> KernelChoice[AffineWeight] | KernelChoice[PackedAffine]:
+    """Return the kernel that multiplies with affine weights on `device` in `dtype`; plain torch runs anywhere.
+
+    That of triton runs on CUDA and HIP devices, both of which torch calls `cuda`; triton is imported here, if at all.
+    With `batch_invariant` a row of its output has the same bits in every batch; plain torch promises that nowhere.
+    """
+    plain = f"plain torch (dequantize, then matmul) on {_place(device, dtype)}"
+    if device.type != "cuda":
+        return _plain_affine_matmul(f"{plain}: the only kernel for this device", is_makeshift=False)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return _plain_affine_matmul(f"{plain}: the triton kernel takes float16 and bfloat16", is_makeshift=True)
+    if find_spec("triton") is None:
+        lost = "triton, whose kernel is faster, is not installed: `pip install optgptq[triton]`"
+        return _plain_affine_matmul(f"{plain}: {lost}", is_makeshift=True)
+    from optgptq.kernels import triton_affine
+
+    words = f"packed codes on the matrix units of {_place(device, dtype)}"
+    most = triton_affine.MOST_MATRIX_TOKENS
+    return KernelChoice(
+        operation="affine_matmul",
+        name="triton",
+        reason=f"{words}, in blocks of {triton_affine.LEAST_BLOCK_T} tokens for the same bits in every batch"
+        if batch_invariant
+        else f"{words}; made dense once per call for more than {most} tokens",
+        call=triton_affine.invariant_affine_matmul if batch_invariant else triton_affine.affine_matmul,
+        weight_type=PackedAffine,
+    )
+
+
+def _plain_affine_matmul(reason: str, *, is_makeshift: bool) -> KernelChoice[AffineWeight]:
     return KernelChoice(
         operation="affine_matmul",
         name="reference",
-        reason=f"plain torch (dequantize, then matmul) on {_place(device, dtype)}: the only kernel there is",
+        reason=reason,
         call=affine_matmul,
+        weight_type=AffineWeight,
+        is_makeshift=is_makeshift,
     )
 
 
@@ -81,12 +116,18 @@ def choose_binary_matmul(device: torch.device, dtype: torch.dtype) -> KernelChoi
         reason=f"sign planes on the matrix units of {_place(device, dtype)}; unpacked once per call from "
         f"{triton_binary.DENSE_FROM_TOKENS} tokens on",
         call=triton_binary.binary_matmul,
+        weight_type=PackedBinary,
     )
 
 
 def _plain_binary_matmul(reason: str, *, is_makeshift: bool) -> KernelChoice[PackedBinary]:
     return KernelChoice(
-        operation="binary_matmul", name="torch", reason=reason, call=binary_matmul, is_makeshift=is_makeshift
+        operation="binary_matmul",
+        name="torch",
+        reason=reason,
+        call=binary_matmul,
+        weight_type=PackedBinary,
+        is_makeshift=is_makeshift,
     )
 
 

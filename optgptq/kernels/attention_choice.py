@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -15,6 +16,9 @@ StoreTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, 
 """`key_TKD, value_TKD, keys_ZKDY, values_ZKYD, slot_T`."""
 PagedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PagedBatch, ScoreRule], torch.Tensor]
 """`query_TND, keys_ZKDY, values_ZKYD, batch, rule`; gives `[T, N, D]`."""
+
+
+_FAST_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +41,10 @@ class AttentionChoice:
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionChoice:
-    """Return what attends on `device` to pages of `dtype`; plain torch runs anywhere."""
+    """Return what attends on `device` to pages of `dtype`; plain torch runs anywhere.
+
+    That of triton runs on CUDA and HIP devices, which torch both calls `cuda`; triton is imported here, if at all.
+    """
     place = f"{device.type} in {str(dtype).removeprefix('torch.')}, head dimension {head_dim}"
     if native.takes_pages(device, dtype):
         return AttentionChoice(
@@ -46,14 +53,31 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
             store=native.store_tokens,
             attend=native.paged_attention,
         )
-    if device.type == "cpu" and dtype != torch.float64:
-        lost = "the compiled loops, which are faster, are not built"
-    else:
-        lost = "the only one for this device and dtype"
+    if device.type == "cuda" and dtype in _FAST_TYPES and find_spec("triton") is not None:
+        from optgptq.kernels import triton_attention
+
+        return AttentionChoice(
+            name="triton",
+            reason=f"one triton kernel for prompts and single tokens on {place}",
+            store=triton_attention.store_tokens,
+            attend=triton_attention.paged_attention,
+        )
+    lost = _what_is_lost(device, dtype)
     return AttentionChoice(
         name="torch",
-        reason=f"plain torch on {place}: {lost}",
+        reason=f"plain torch on {place}: {lost or 'the only one for this device and dtype'}",
         store=plain.store_tokens,
         attend=plain.paged_attention,
-        is_makeshift=device.type != "cpu" or dtype != torch.float64,
+        is_makeshift=lost is not None,
     )
+
+
+def _what_is_lost(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why a faster implementation that there is for the device does not run; None where there is none."""
+    if dtype not in _FAST_TYPES:
+        return None
+    if device.type == "cpu":
+        return "the compiled loops, which are faster, are not built"
+    if device.type == "cuda":
+        return "triton, whose kernel is faster, is not installed: `pip install optgptq[triton]`"
+    return None

@@ -2,8 +2,9 @@
 
 Formulas and layout are in `docs/math/paged-attention.md`.
 
-Shapes: `T` tokens of a step, `R` sequences, `N` query heads, `K` key/value heads, `D` head dimension, `Z` pages, `Y` slots
-of a page, `P` pages of a table's row. `S` sequences and `C` pages of each that are worked on together.
+Shapes: `T` tokens of a step, `R` sequences, `N` query heads, `K` key/value heads, `D` head dimension, `Z` pages,
+`Y` slots of a page, `P` pages of a table's row. `S` sequences, `C` pages and `Q` new tokens of each that are worked on
+together.
 """
 
 from __future__ import annotations
@@ -68,14 +69,7 @@ class ScoreRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
-    """Sequences that are worked on together, with as many new tokens each.
-
-    Attributes:
-        sequences: their numbers.
-        tokens: where the tokens of each begin in the flat order.
-        positions: position of each one's first token.
-        num_queries: tokens of each.
-    """
+    """Sequences worked on together: where `num_queries` tokens of each begin in the flat order and in its text."""
 
     sequences: list[int]
     tokens: list[int]
@@ -156,8 +150,13 @@ def _attend(
     num_kv_heads, head_dim, page_size = keys_ZKDY.shape[1:]
     dtype = torch.promote_types(query_TND.dtype, torch.float32)
     table_SC, first_S1, last_S1 = _visible_pages(page_table_RP, piece, rule, page_size)
-    key_SKDT = keys_ZKDY[table_SC].permute(0, 2, 3, 1, 4).flatten(3).to(dtype)
-    value_SKTD = values_ZKYD[table_SC].transpose(1, 2).flatten(2, 3).to(dtype)
+    head_rows = (
+        table_SC.unsqueeze(1) * num_kv_heads + torch.arange(num_kv_heads, device=device).unsqueeze(1)
+    ).flatten()
+    keys = keys_ZKDY.flatten(0, 1).index_select(0, head_rows)
+    key_SKDT = keys.view(num_sequences, num_kv_heads, -1, head_dim, page_size).transpose(2, 3).flatten(3).to(dtype)
+    values = values_ZKYD.flatten(0, 1).index_select(0, head_rows)
+    value_SKTD = values.view(num_sequences, num_kv_heads, -1, head_dim)
     key_ST = first_S1 + torch.arange(value_SKTD.shape[2], device=device)
     new_S1 = torch.tensor(piece.positions, device=device).unsqueeze(1)
     query_S1T = (new_S1 + torch.arange(piece.num_queries, device=device)).unsqueeze(2)
@@ -166,12 +165,13 @@ def _attend(
         hidden_SQT |= key_ST.unsqueeze(1) <= query_S1T - rule.window
     # What was never stored may be anything; zero times it must stay zero.
     unseen_ST = (key_ST > last_S1) | hidden_SQT.all(1)
-    value_SKTD = value_SKTD.masked_fill(unseen_ST[:, None, :, None], 0.0)
+    value_SKTD = value_SKTD.masked_fill_(unseen_ST[:, None, :, None], 0.0).to(dtype)
     # [S, K, N/K, Q, D]
     query = query_TND.view(num_sequences, piece.num_queries, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
     scores = torch.matmul(query.flatten(2, 3).to(dtype), key_SKDT)
     scores = scores.view(num_sequences, -1, piece.num_queries, scores.shape[-1])
-    weights = _softmax(_ruled(scores, key_ST, last_S1, rule).masked_fill(hidden_SQT.unsqueeze(1), -inf), rule)
+    scores = _ruled(scores, key_ST, last_S1, rule).masked_fill(hidden_SQT.unsqueeze(1), -inf)
+    weights = _softmax(scores, last_S1, rule)
     weights = weights.view(num_sequences, num_kv_heads, -1, weights.shape[-1])
     output = torch.matmul(weights, value_SKTD).view(num_sequences, -1, piece.num_queries, head_dim)
     return output.transpose(1, 2).flatten(0, 1)
@@ -180,14 +180,11 @@ def _attend(
 def _visible_pages(
     page_table_RP: torch.Tensor, piece: _Piece, rule: ScoreRule, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return pages `[S, C]` from the first that anything sees, the position of their first slot and the last position."""
+    """Return pages `[S, C]` from the first that is seen, the position of their first slot, and the last position."""
     device = page_table_RP.device
-    first_pages = [rule.first_key(position) // page_size for position in piece.positions]
-    last_positions = [position + piece.num_queries - 1 for position in piece.positions]
-    spans = zip(first_pages, last_positions, strict=True)
+    spans = [(rule.first_key(first) // page_size, first + piece.num_queries - 1) for first in piece.positions]
     most = max(last // page_size - first + 1 for first, last in spans)
-    first_S1 = torch.tensor(first_pages, device=device).unsqueeze(1)
-    last_S1 = torch.tensor(last_positions, device=device).unsqueeze(1)
+    first_S1, last_S1 = torch.tensor(spans, device=device).split(1, dim=1)
     column_SC = first_S1 + torch.arange(most, device=device)
     needed_SC = column_SC <= last_S1 // page_size
     sequence_S1 = torch.tensor(piece.sequences, device=device).unsqueeze(1)
@@ -195,9 +192,7 @@ def _visible_pages(
     return torch.where(needed_SC, table_SC, 0).long(), first_S1 * page_size, last_S1
 
 
-def _ruled(
-    scores_SNQT: torch.Tensor, key_ST: torch.Tensor, last_S1: torch.Tensor, rule: ScoreRule
-) -> torch.Tensor:
+def _ruled(scores_SNQT: torch.Tensor, key_ST: torch.Tensor, last_S1: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
     scores_SNQT = scores_SNQT * rule.scale
     if rule.softcap is not None:
         scores_SNQT = torch.tanh(scores_SNQT / rule.softcap) * rule.softcap
@@ -207,30 +202,33 @@ def _ruled(
 
 
 def _bias(rule: ScoreRule, key_ST: torch.Tensor, last_S1: torch.Tensor) -> torch.Tensor:
-    """Return ALiBi's bias for each head, float32 `[N, S, T]`, less that of the last key where there are no sinks.
+    """Return what ALiBi adds to each head, float32 `[N, S, T]`, less what it adds at the last position.
 
-    Softmax lets such a difference drop out. Without it the bias of far keys is so large that scores lose digits.
+    Softmax lets the difference drop out; with the whole bias of far positions scores would lose digits.
     """
     assert rule.slopes_N is not None
     slopes = rule.slopes_N.view(-1, 1, 1)
-    anchor_S1 = last_S1 if rule.sinks_N is None else torch.zeros_like(last_S1)
     if not rule.round_alibi:
-        return slopes * (key_ST - anchor_S1) * rule.alibi_scale
+        return slopes * (key_ST - last_S1) * rule.alibi_scale
     rounded = slopes.bfloat16()
-    return ((rounded * key_ST.bfloat16()).float() - (rounded * anchor_S1.bfloat16()).float()) * rule.alibi_scale
+    return ((rounded * key_ST.bfloat16()).float() - (rounded * last_S1.bfloat16()).float()) * rule.alibi_scale
 
 
-def _softmax(scores_SNQT: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
+def _softmax(scores_SNQT: torch.Tensor, last_S1: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
     if rule.sinks_N is None:
         return torch.softmax(scores_SNQT, dim=-1)
-    sinks = rule.sinks_N.to(scores_SNQT.dtype).view(1, -1, 1, 1).expand(*scores_SNQT.shape[:3], 1)
+    sinks_SN = rule.sinks_N.to(scores_SNQT.dtype).unsqueeze(0)
+    if rule.slopes_N is not None:
+        # A sink is a key at position 0, without a value.
+        sinks_SN = sinks_SN + _bias(rule, torch.zeros_like(last_S1), last_S1).squeeze(2).transpose(0, 1)
+    sinks = sinks_SN[:, :, None, None].expand(*scores_SNQT.shape[:3], 1)
     return torch.softmax(torch.cat([scores_SNQT, sinks], dim=-1), dim=-1)[..., :-1]
 
 
 def paged_attention_literal(
     query_TND: torch.Tensor, keys_ZKDY: torch.Tensor, values_ZKYD: torch.Tensor, batch: PagedBatch, rule: ScoreRule
 ) -> torch.Tensor:
-    """Return the definition, float64 `[T, N, D]`: one query and head at a time, over the keys that it sees and no others."""
+    """Return the definition, float64 `[T, N, D]`: one query and head at a time, over the keys that it sees."""
     num_heads, page_size = query_TND.shape[1], keys_ZKDY.shape[3]
     group_size = num_heads // keys_ZKDY.shape[1]
     output_TND = torch.zeros(query_TND.shape, dtype=torch.float64, device=query_TND.device)

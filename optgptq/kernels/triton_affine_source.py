@@ -14,22 +14,23 @@ _FLOAT32 = tl.constexpr(0x4B000000)
 
 
 @triton.jit
-def code_pairs(low, high, BITS: tl.constexpr, BLOCK_O: tl.constexpr, STEP_BLOCKS: tl.constexpr):
-    """Return int32 `[BLOCK_O, STEP_BLOCKS, 16]`: the codes of columns `2 p` and `2 p + 1` in the two halves of each.
+def code_pairs(low, high, ones, BITS: tl.constexpr, BLOCK_O: tl.constexpr, STEP_BLOCKS: tl.constexpr):
+    """Return int32 `[BLOCK_O, STEP_BLOCKS, 16]`: codes of columns `2 p` and `2 p + 1` in the halves of `ones`.
 
     `low` is `[STEP_BLOCKS, BLOCK_O * words of a block]`; `high`, read for 3 bits only, `[STEP_BLOCKS, BLOCK_O]`.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     words = tl.permute(tl.reshape(low, [STEP_BLOCKS, BLOCK_O, WIDTH]), (1, 0, 2))
     shifts = tl.arange(0, 16 // WIDTH) * WIDTH
-    pairs = (words[:, :, None, :] >> shifts[None, None, :, None]) & (((1 << WIDTH) - 1) * 0x00010001)
+    pairs = ((words[:, :, None, :] >> shifts[None, None, :, None]) & (((1 << WIDTH) - 1) * 0x00010001)) | ones
     pairs = tl.reshape(pairs, [BLOCK_O, STEP_BLOCKS, 16])
     if BITS == 3:
-        # A rotation, one instruction: the word is stored turned so that no place needs a turn by 0 or 32.
+        # A rotation, one instruction: the word is stored turned so that no pair needs a turn by 0 or 32.
         turn = tl.arange(0, 16)[None, None, :] + 1
         bits = tl.permute(high, (1, 0)).to(tl.uint32, bitcast=True)[:, :, None]
-        turned = (bits >> turn) | (bits << (32 - turn))
-        pairs = pairs | (turned & 0x00040004).to(tl.int32, bitcast=True)
+        turned = ((bits >> turn) | (bits << (32 - turn))).to(tl.int32, bitcast=True)
+        # Exclusive, so that the compiler does not take the three operands in another order, with one operation more.
+        pairs = (turned & 0x00040004) ^ pairs
     return pairs
 
 
@@ -47,18 +48,18 @@ def centred_codes(
     """Return codes less `zero_point`, which broadcasts to `[BLOCK_O, STEP_BLOCKS, 16]`, as `[BLOCK_O, columns]`.
 
     `ones` is a pair of 1024 in float16 or of 128 in bfloat16 as an int32: with a code in the last places of each it is
-    1024 + code or 128 + code. An argument, since the compiler for sm_90 joins the two logic operations only where one
+    1024 + code or 128 + code. An argument, since the compiler for sm_90 joins two logic operations only where one
     operand is no constant. All is exact: whole numbers from -256 to 255 are numbers of either type.
     """
-    pairs = code_pairs(low, high, BITS, BLOCK_O, STEP_BLOCKS)
     if (BITS == 8) & (dtype == tl.bfloat16):
         # 128 + code does not fit: by way of float32.
+        pairs = code_pairs(low, high, 0, BITS, BLOCK_O, STEP_BLOCKS)
         centre = (zero_point + 8388608).to(tl.float32)
         second = (((pairs >> 16) | _FLOAT32).to(tl.float32, bitcast=True) - centre).to(dtype)
         first = (((pairs & 0xFF) | _FLOAT32).to(tl.float32, bitcast=True) - centre).to(dtype)
     else:
-        pairs = pairs | ones
-        centre = (zero_point + (1024 if dtype == tl.float16 else 128)).to(dtype)
+        pairs = code_pairs(low, high, ones, BITS, BLOCK_O, STEP_BLOCKS)
+        centre = (zero_point + (1024 if dtype == tl.float16 else 128)).to(tl.float32).to(dtype)
         # The second of a pair comes first: in the other order the compiler for sm_90 swaps each pair twice.
         second = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True) - centre
         first = pairs.to(tl.int16).to(dtype, bitcast=True) - centre
@@ -74,6 +75,7 @@ def matrix_partials(
     zero_points,
     partial,
     num_tokens,
+    out_features,
     row_blocks,
     zero_point,
     ones,
@@ -88,9 +90,9 @@ def matrix_partials(
 ):
     """Write to `partial [splits, T, O]` the products of one range of steps: grid `(rows, tokens, splits)`.
 
-    Rows are filled up to whole blocks and inputs to whole steps. Weights are the left operand: on sm_90 they go from
-    registers to the matrix unit, and tokens are filled up to 16 only. A step lies in one group, so that its scale
-    multiplies float32 sums of exact products.
+    Rows of the weight are filled up to whole blocks, and inputs to whole steps: loads need no mask and are aligned.
+    Weights are the left operand: on sm_90 they go from registers to the matrix unit, and tokens are filled up to 16
+    only. A step lies in one group, so that a scale multiplies float32 sums of exact products.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     num_rows = row_blocks * BLOCK_O
@@ -106,6 +108,7 @@ def matrix_partials(
     first = split * steps_per_split
     for step in range(first, tl.minimum(first + steps_per_split, num_steps)):
         group = step // steps_per_group
+        step_size = tl.load(scale + group * num_rows + rows).to(tl.float32)
         blocks = step * STEP_BLOCKS + block_of_step
         inputs = tl.load(
             x + tokens[None, :] * (num_steps * STEP_BLOCKS * 32) + (step * STEP_BLOCKS * 32 + column_of_step)[:, None],
@@ -119,88 +122,53 @@ def matrix_partials(
         high = low
         if BITS == 3:
             high = tl.load(high_words + blocks[:, None] * num_rows + rows[None, :], eviction_policy="evict_first")
-        centre = zero_point
+        # A zero point of 1 is a constant here, and constants have no dtype.
+        centre = tl.zeros([1, 1, 1], tl.int32) + zero_point
         if HAS_ZERO_POINTS:
             centre = tl.load(zero_points + group * num_rows + rows).to(tl.int32)[:, None, None]
         codes = centred_codes(low, high, centre, ones, x.dtype.element_ty, BITS, BLOCK_O, STEP_BLOCKS)
-        step_size = tl.load(scale + group * num_rows + rows).to(tl.float32)
         total += step_size[:, None] * tl.dot(codes, inputs)
-    tl.store(partial + (split * num_tokens + tokens)[None, :] * num_rows + rows[:, None], total, is_token[None, :])
+    target = partial + (split * num_tokens + tokens)[None, :] * out_features + rows[:, None]
+    tl.store(target, total, mask=(rows < out_features)[:, None] & is_token[None, :])
 
 
 @triton.jit
-def token_sums(codes, x, columns, BLOCK_O: tl.constexpr, STEP_BLOCKS: tl.constexpr):
-    """Return float32 `[BLOCK_O, STEP_BLOCKS]`: codes `[BLOCK_O, columns]` times the inputs `x[columns]` of one token.
-
-    The 32 columns of a block are summed, and no more: a thread has all of them.
-    """
-    inputs = tl.load(x + columns, eviction_policy="evict_last").to(tl.float32)
-    return tl.sum(tl.reshape(codes * inputs[None, :], [BLOCK_O, STEP_BLOCKS, 32]), 2)
-
-
-@triton.jit
-def vector_partials(
-    x,
+def dense_rows(
     low_words,
     high_words,
     scale,
     zero_points,
-    partial,
+    dense,
+    out_features,
+    in_features,
     row_blocks,
     zero_point,
     ones,
     steps_per_group,
-    num_steps,
-    steps_per_split,
     BITS: tl.constexpr,
     HAS_ZERO_POINTS: tl.constexpr,
-    TOKENS: tl.constexpr,
     STEP_BLOCKS: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Write to `partial [splits, TOKENS, O]` the products of one range of steps: grid `(rows, 1, splits)`.
-
-    For one to four tokens, without the matrix unit: each token has sums of its own, so that no other changes them.
-    """
+    """Write to `dense [O, I]` the weight, multiplied in float32 and then rounded: grid `(rows, steps)`."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     num_rows = row_blocks * BLOCK_O
     first_row = tl.program_id(0) * BLOCK_O
     rows = first_row + tl.arange(0, BLOCK_O)
-    split = tl.program_id(2)
-    block_of_step = tl.arange(0, STEP_BLOCKS)
+    step = tl.program_id(1)
+    group = step // steps_per_group
+    blocks = step * STEP_BLOCKS + tl.arange(0, STEP_BLOCKS)
     low_of_block = first_row * WIDTH + tl.arange(0, BLOCK_O * WIDTH)
-    column_of_step = tl.arange(0, STEP_BLOCKS * 32)
-    num_columns = num_steps * STEP_BLOCKS * 32
-    sums_0 = tl.zeros([BLOCK_O, STEP_BLOCKS], tl.float32)
-    sums_1, sums_2, sums_3 = sums_0, sums_0, sums_0
-    first = split * steps_per_split
-    for step in range(first, tl.minimum(first + steps_per_split, num_steps)):
-        group = step // steps_per_group
-        blocks = step * STEP_BLOCKS + block_of_step
-        low = tl.load(
-            low_words + blocks[:, None] * (num_rows * WIDTH) + low_of_block[None, :], eviction_policy="evict_first"
-        )
-        high = low
-        if BITS == 3:
-            high = tl.load(high_words + blocks[:, None] * num_rows + rows[None, :], eviction_policy="evict_first")
-        centre = zero_point
-        if HAS_ZERO_POINTS:
-            centre = tl.load(zero_points + group * num_rows + rows).to(tl.int32)[:, None, None]
-        codes = centred_codes(low, high, centre, ones, x.dtype.element_ty, BITS, BLOCK_O, STEP_BLOCKS).to(tl.float32)
-        step_size = tl.load(scale + group * num_rows + rows).to(tl.float32)[:, None]
-        columns = step * STEP_BLOCKS * 32 + column_of_step
-        sums_0 += step_size * token_sums(codes, x, columns, BLOCK_O, STEP_BLOCKS)
-        if TOKENS > 1:
-            sums_1 += step_size * token_sums(codes, x + num_columns, columns, BLOCK_O, STEP_BLOCKS)
-        if TOKENS > 2:
-            sums_2 += step_size * token_sums(codes, x + 2 * num_columns, columns, BLOCK_O, STEP_BLOCKS)
-        if TOKENS > 3:
-            sums_3 += step_size * token_sums(codes, x + 3 * num_columns, columns, BLOCK_O, STEP_BLOCKS)
-    target = partial + split * TOKENS * num_rows + rows
-    tl.store(target, tl.sum(sums_0, 1))
-    if TOKENS > 1:
-        tl.store(target + num_rows, tl.sum(sums_1, 1))
-    if TOKENS > 2:
-        tl.store(target + 2 * num_rows, tl.sum(sums_2, 1))
-    if TOKENS > 3:
-        tl.store(target + 3 * num_rows, tl.sum(sums_3, 1))
+    low = tl.load(low_words + blocks[:, None] * (num_rows * WIDTH) + low_of_block[None, :])
+    high = low
+    if BITS == 3:
+        high = tl.load(high_words + blocks[:, None] * num_rows + rows[None, :])
+    centre = tl.zeros([1, 1, 1], tl.int32) + zero_point
+    if HAS_ZERO_POINTS:
+        centre = tl.load(zero_points + group * num_rows + rows).to(tl.int32)[:, None, None]
+    codes = centred_codes(low, high, centre, ones, dense.dtype.element_ty, BITS, BLOCK_O, STEP_BLOCKS)
+    step_size = tl.load(scale + group * num_rows + rows).to(tl.float32)
+    columns = step * STEP_BLOCKS * 32 + tl.arange(0, STEP_BLOCKS * 32)
+    target = dense + rows.to(tl.int64)[:, None] * in_features + columns[None, :]
+    is_there = (rows < out_features)[:, None] & (columns < in_features)[None, :]
+    tl.store(target, (codes.to(tl.float32) * step_size[:, None]).to(dense.dtype.element_ty), mask=is_there)

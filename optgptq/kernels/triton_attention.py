@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from optgptq.kernels.device_kind import DeviceKind, device_kind
 from optgptq.kernels.paged_attention import PagedBatch, ScoreRule
 from optgptq.kernels.triton_attention_source import attention_of_rows, join_segments
 from optgptq.kernels.triton_leaves_source import store_rows
@@ -43,34 +44,24 @@ class Tiles:
     options: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceKind:
-    """What sizes depend on: HIP or CUDA, and threads of a wave or warp; not the name of an architecture."""
-
-    is_hip: bool
-    wave_size: int
-
-
-def device_kind(device: torch.device) -> DeviceKind:
-    """Return the kind of a GPU; on a processor the interpreter runs what would be compiled for CUDA."""
-    if device.type != "cuda":
-        return DeviceKind(is_hip=False, wave_size=32)
-    wave_size = torch.cuda.get_device_properties(device).warp_size
-    return DeviceKind(is_hip=torch.version.hip is not None, wave_size=wave_size)
-
-
 def choose_tiles(kind: DeviceKind, dtype: torch.dtype, head_dim: int, *, most_rows: int) -> Tiles:
     """Return the sizes for queries of `dtype` where a sequence has up to `most_rows` rows of one key/value head."""
-    is_wide = padded_head_dim(head_dim) > 128 or dtype == torch.float32
-    rows = 16 if most_rows <= 16 or dtype == torch.float32 else 32
-    # Products and sums that a compiler joins, or not, would make a row depend on the sizes.
-    common = {"enable_fp_fusion": False}
+    padded = padded_head_dim(head_dim)
+    # What a program holds must fit into its registers.
+    is_wide = padded > 128 or padded != head_dim or dtype == torch.float32
+    rows = 16 if most_rows <= 16 or padded > 128 or dtype == torch.float32 else 32
+    # A product and a sum that a compiler joins in one kernel and not in the other would make rows depend on sizes.
+    common = {"num_warps": 4, "enable_fp_fusion": False}
     if not kind.is_hip:
-        return Tiles(keys=32 if is_wide else 64, rows=rows, options=common | {"num_warps": 4, "num_stages": 2})
+        # Left to itself the compiler for sm_90 keeps registers in memory to make room for one more program.
+        cuda = {"num_stages": 3} if rows == 16 else {"num_stages": 2, "maxnreg": 255}
+        return Tiles(keys=32 if is_wide else 64, rows=rows, options=common | cuda)
     hip = common | {"num_stages": 1, "matrix_instr_nonkdim": 16}
-    if kind.wave_size == 64:
-        return Tiles(keys=32 if is_wide else 64, rows=rows, options=hip | {"num_warps": 2})
-    return Tiles(keys=32, rows=rows, options=hip | {"num_warps": 4})
+    if kind.wave_size == 32:
+        # A thread has 256 registers here and no accumulation registers.
+        warps = 16 if padded > 128 else 4
+        return Tiles(keys=16 if is_wide else 32, rows=16, options=hip | {"num_warps": warps})
+    return Tiles(keys=32 if is_wide else 64, rows=rows, options=hip)
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -87,13 +87,16 @@ def load_tile(
     Keys are masked by whole pages, so that loads stay wide: what was never stored may be NaN, and `tile_scores` takes
     its scores out. Values are zero where no row sees them.
     """
-    page_stride: tl.constexpr = NUM_KV_HEADS * HEAD_DIM * PAGE
+    PAGE_STRIDE: tl.constexpr = NUM_KV_HEADS * HEAD_DIM * PAGE
     key = tile * TILE + tl.arange(0, TILE)
     feature = tl.arange(0, BLOCK_D)
     is_feature = feature < HEAD_DIM
     page_begin = key // PAGE * PAGE
     is_live = (page_begin < end) & (page_begin + PAGE > begin)
-    place = tl.load(table + key // PAGE, mask=is_live, other=0).to(tl.int64) * page_stride
+    # Said where the compiler for HIP does not see it: slots of a page are neighbours, for loads of many at once.
+    NEIGHBOURS: tl.constexpr = PAGE & -PAGE if (PAGE & -PAGE) < TILE else TILE
+    place = tl.load(table + key // PAGE, mask=is_live, other=0).to(tl.int64) * PAGE_STRIDE
+    place = tl.max_constancy(place, [NEIGHBOURS])
     slot = key % PAGE
     k = tl.load(
         keys + place[None, :] + feature[:, None] * PAGE + slot[None, :],
@@ -157,31 +160,27 @@ def attend(
     """
     BLOCK_M: tl.constexpr = q.shape[0]
     BLOCK_D: tl.constexpr = q.shape[1]
-    ones = tl.full([TILE, 16], 1.0, tl.float32).to(q.dtype)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    totals = tl.zeros([BLOCK_M, 16], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    all_highest, all_total, all_sums = highest, tl.zeros([BLOCK_M], tl.float32), sums
+    all_highest, all_total, all_sums = highest, total, sums
     for tile in range(first_tile, last_tile):
         key, k, v = load_tile(keys, values, table, tile, begin, end, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, PAGE, TILE)
         scores = tile_scores(q, k.to(q.dtype), key, position, slope, window, scale, softcap, alibi_scale, ROUND_ALIBI)
         new = tl.maximum(highest, tl.max(scores, 1))
         shift = tl.where(new == float("-inf"), 0.0, new)
-        weights = tl.exp2(scores - shift[:, None]).to(q.dtype)
-        change = tl.exp2(highest - shift)[:, None]
+        weights = tl.exp2(scores - shift[:, None])
+        change = tl.exp2(highest - shift)
         highest = new
-        sums = tl.dot(weights, v.to(q.dtype), sums * change, input_precision="ieee")
-        # A product too: its order of sums is the instruction's, that of `tl.sum` would depend on the layout.
-        totals = tl.dot(weights, ones, totals * change, input_precision="ieee")
+        total = total * change + tl.sum(weights, 1)
+        sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * change[:, None], input_precision="ieee")
         # Apart: the compiler evaluates both sides of an `and`.
         if TILES_OF_SEGMENT > 0:  # noqa: SIM102
             if (tile + 1) % TILES_OF_SEGMENT == 0:
-                total = tl.max(totals, 1)
                 all_highest, all_total, all_sums = joined(all_highest, all_total, all_sums, highest, total, sums)
                 highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                totals = tl.zeros([BLOCK_M, 16], tl.float32)
+                total = tl.zeros([BLOCK_M], tl.float32)
                 sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.max(totals, 1)
     if TILES_OF_SEGMENT > 0:
         highest, total, sums = joined(all_highest, all_total, all_sums, highest, total, sums)
     return highest, total, sums

@@ -40,7 +40,7 @@ class Embedding:
             hidden_BSM = F.linear(hidden_BSM, self.project_in_ME)
         if self.spec.embedding_scale is not None:
             # Rounded to the embedding's dtype first, as the models were trained.
-            hidden_BSM = hidden_BSM.mul_(torch.tensor(self.spec.embedding_scale).to(hidden_BSM))
+            hidden_BSM = hidden_BSM.mul_(float(torch.tensor(self.spec.embedding_scale).to(hidden_BSM.dtype)))
         if self.positions_PM is not None:
             hidden_BSM = hidden_BSM.add_(self.positions_PM[context.positions + self.spec.learned_offset])
         return hidden_BSM if self.norm is None else self.norm(hidden_BSM)

@@ -45,6 +45,14 @@ def rope_table(
         distinct, which = torch.unique(_deciding_lengths(rope, lengths), return_inverse=True)
         rows = [inverse_frequencies(rope, num_positions=int(length)) for length in distinct]
         frequencies = torch.stack(rows).to(positions.device)[which]
+    return table_of(rope, positions, frequencies, dtype=dtype)
+
+
+def table_of(rope: RopeSpec, positions: torch.Tensor, frequencies: torch.Tensor, *, dtype: torch.dtype) -> RopeTable:
+    """Return the table for `positions` with given frequencies, float32 `[R/2]` or one row for each position.
+
+    Reads nothing back from the device.
+    """
     angles = positions.float().unsqueeze(-1) * frequencies
     return RopeTable(
         cosine=(angles.cos() * rope.attention_factor).unsqueeze(-2).to(dtype),

@@ -1,7 +1,7 @@
 """Calls of the compiled attention over pages; `optgptq.kernels.paged_attention` has its twin in torch.
 
-Shapes: `T` tokens of a step, `R` sequences, `N` query heads, `K` key/value heads, `D` head dimension, `Z` pages, `Y` slots
-of a page.
+Shapes: `T` tokens of a step, `R` sequences, `N` query heads, `K` key/value heads, `D` head dimension, `Z` pages,
+`Y` slots of a page.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def paged_attention(
     A row has the same bits in any batch, however its sequence is cut into parts, on any number of threads.
     """
     query = _numbers(query_TND)
-    output = query.new_empty(query.shape)
+    output = torch.empty(query.shape, dtype=torch.float32)
     num_heads = query.shape[1]
     assert query.shape[2] == keys_ZKDY.shape[2]
     assert num_heads % keys_ZKDY.shape[1] == 0

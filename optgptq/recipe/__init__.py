@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from optgptq.recipe.calibration import CalibrationRecipe
+from optgptq.recipe.gqa import GQARecipe
 from optgptq.recipe.loading import (
     ShippedRecipe,
     load_recipe,
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionRecipe",
     "CalibrationRecipe",
     "ExportRecipe",
+    "GQARecipe",
     "KVCacheRecipe",
     "Recipe",
     "ResolvedWeight",

@@ -134,4 +134,6 @@ def recipe_for_record(recipe: Recipe) -> dict[str, Any]:
     """Return every field as plain values for a record that travels: a local source is cut down to its file name."""
     values = _plain(recipe)
     values["calibration"]["source"] = source_for_record(recipe.calibration.source)
+    if recipe.gqa.text is not None:
+        values["gqa"]["text"] = source_for_record(recipe.gqa.text)
     return values

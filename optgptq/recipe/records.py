@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StrictBool, StrictStr, model_validator
 
 from optgptq.recipe.calibration import CalibrationRecipe
+from optgptq.recipe.gqa import GQARecipe
 from optgptq.recipe.section import ByteCount, PositiveInt, Section, impossible
 from optgptq.recipe.weights import BINARY_METHODS, BinaryRecipe, WeightRecipe, WeightRule
 
@@ -88,6 +89,7 @@ class Recipe(Section):
     weights: WeightRecipe = Field(default=WeightRecipe(), description="how weights are quantized")
     attention: AttentionRecipe = Field(default=AttentionRecipe(), description="what attention_aware sees")
     binary: BinaryRecipe = Field(default=BinaryRecipe(), description="how binary codes are found")
+    gqa: GQARecipe = Field(default=GQARecipe(), description="key/value heads merged before quantization")
     transform: TransformRecipe = Field(default=TransformRecipe(), description="changes before quantization")
     norm_tweaking: NormTweakingRecipe = Field(default=NormTweakingRecipe(), description="training of norm weights")
     calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="which text is read")

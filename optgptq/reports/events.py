@@ -91,6 +91,26 @@ class DecoderLayerFinished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsGrouped:
+    """Key/value heads were merged; the rest of the job works on that model.
+
+    Attributes:
+        num_kv_heads_before, num_kv_heads_after: of each layer.
+        kv_bytes_per_token_before, kv_bytes_per_token_after: keys and values of one token in all layers, 16 bits each.
+        perplexity_before, perplexity_after: of the dense model.
+        measured_on: the text of the perplexities, in words.
+    """
+
+    num_kv_heads_before: int
+    num_kv_heads_after: int
+    kv_bytes_per_token_before: int
+    kv_bytes_per_token_after: int
+    perplexity_before: float
+    perplexity_after: float
+    measured_on: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WarningRaised:
     """Something that the user must hear about; the same sentence stands in the result."""
 
@@ -104,6 +124,7 @@ ProgressEvent = (
     | StageStarted
     | LinearFinished
     | DecoderLayerFinished
+    | HeadsGrouped
     | WarningRaised
 )
 ProgressListener = Callable[[ProgressEvent], None]

@@ -15,6 +15,7 @@ import torch
 from optgptq.affine_weight import AffineWeight
 from optgptq.binary_weight import BinaryWeight
 from optgptq.kernels import KernelChoice, Matmul, choose_affine_matmul, choose_binary_matmul
+from optgptq.kernels.packed_affine import PackedAffine, fits_blocks, pack_affine
 from optgptq.kernels.packed_binary import PackedBinary, arrange_codes, fits_words
 from optgptq.packing.planes import pack_planes
 
@@ -59,29 +60,43 @@ def pack_binary(weight: BinaryWeight) -> PackedBinary:
     )
 
 
+def hold_affine(weight: AffineWeight, choice: KernelChoice[Any], device: torch.device) -> AffineWeight | PackedAffine:
+    """Return the weight on a device: as it is, or in words where the kernel takes these. Words are made there."""
+    placed = weight.to(device)
+    return pack_affine(placed) if choice.weight_type is PackedAffine else placed
+
+
+def affine_fits(weight: AffineWeight, choice: KernelChoice[Any]) -> bool:
+    """True if the kernel multiplies with the weight."""
+    return choice.weight_type is not PackedAffine or fits_blocks(weight)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldKind:
     """How a kind of weight is held and multiplied.
 
     Attributes:
-        hold: turns the decoded weight into what the kernel takes.
-        fits: True if a kernel can multiply with the decoded weight; otherwise it is held dense.
+        parts: what a weight of this kind consists of, in the plural, for messages.
         choose: returns the kernel for a device and a dtype.
+        fits: True if that kernel can multiply with the decoded weight; otherwise it is held dense.
+        hold: turns the decoded weight into what that kernel takes, on a device.
     """
 
-    hold: Callable[[Any], Any]
-    fits: Callable[[Any], bool]
+    parts: str
     choose: Callable[[torch.device, torch.dtype], KernelChoice[Any]]
+    fits: Callable[[Any, KernelChoice[Any]], bool]
+    hold: Callable[[Any, KernelChoice[Any], torch.device], Any]
 
 
 # A new kind of weight is one line here.
 HELD_KINDS: Mapping[type, HeldKind] = MappingProxyType(
     {
-        AffineWeight: HeldKind(hold=lambda weight: weight, fits=lambda weight: True, choose=choose_affine_matmul),
+        AffineWeight: HeldKind(parts="codes", choose=choose_affine_matmul, fits=affine_fits, hold=hold_affine),
         BinaryWeight: HeldKind(
-            hold=pack_binary,
-            fits=lambda weight: fits_words(weight.in_features, weight.group_size),
+            parts="sign planes",
             choose=choose_binary_matmul,
+            fits=lambda weight, choice: fits_words(weight.in_features, weight.group_size),
+            hold=lambda weight, choice, device: pack_binary(weight).to(device),
         ),
     }
 )

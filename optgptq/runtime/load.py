@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import FormatError
 from optgptq.formats import CheckpointFormat, detect
-from optgptq.kernels import Matmul
+from optgptq.kernels import KernelChoice, Matmul
 from optgptq.layout import LinearLayout
 from optgptq.models.checks import read_weight
 from optgptq.models.decoder import Decoder, load_decoder
@@ -57,28 +57,31 @@ def load_model(
     linears = {linear.name: linear for linear in model_linears(model_spec(folder))}
     _require_known(folder, layouts, linears)
     kernels = _Kernels(device=torch.device(device), dtype=dtype, replacement=kernel)
-    unfit: list[str] = []
+    unfit: list[tuple[str, str]] = []
 
     def supply(name: str) -> LinearLike | None:
         if name not in layouts:
             return None
         weight = _decode(folder, form, layouts[name], linears[name])
         bias_O = _read_bias(folder, linears[name], dtype=dtype, device=device)
-        kind = HELD_KINDS[type(weight)]
-        if weights == "quantized" and kind.fits(weight):
-            return QuantLinear(weight=kind.hold(weight).to(device), bias_O=bias_O, kernel=kernels.of(type(weight)))
         if weights == "quantized":
-            unfit.append(name)
+            kind, choice = HELD_KINDS[type(weight)], kernels.of(type(weight))
+            if kind.fits(weight, choice):
+                held = kind.hold(weight, choice, kernels.device)
+                return QuantLinear(weight=held, bias_O=bias_O, kernel=choice.call)
+            unfit.append((name, kind.parts))
         return Linear(weight.dequantize(dtype).to(device), bias_O)
 
     decoder = load_decoder(folder, dtype=dtype, device=device, supply_linear=supply, supplied=tuple(layouts))
     if unfit:
+        first, parts = unfit[0]
         logger.warning(
-            "linears that are held dense: %d, %s first; no kernel multiplies with sign planes whose groups of %d "
+            "linears that are held dense: %d, %s first; no kernel multiplies with %s whose groups of %d "
             "columns begin inside a word",
             len(unfit),
-            unfit[0],
-            layouts[unfit[0]].group_size,
+            first,
+            parts,
+            layouts[first].group_size,
         )
     return decoder
 
@@ -90,16 +93,17 @@ class _Kernels:
     device: torch.device
     dtype: torch.dtype
     replacement: Matmul[Any] | None
-    chosen: dict[type, Matmul[Any]] = field(default_factory=dict)
+    chosen: dict[type, KernelChoice[Any]] = field(default_factory=dict)
 
-    def of(self, kind: type) -> Matmul[Any]:
-        if self.replacement is not None:
-            return self.replacement
+    def of(self, kind: type) -> KernelChoice[Any]:
         if kind not in self.chosen:
             choice = HELD_KINDS[kind].choose(self.device, self.dtype)
-            level = logging.WARNING if choice.is_makeshift else logging.INFO
-            logger.log(level, "%s kernel for quantized linears: %s", choice.name, choice.reason)
-            self.chosen[kind] = choice.call
+            if self.replacement is not None:
+                choice = replace(choice, call=self.replacement)
+            else:
+                level = logging.WARNING if choice.is_makeshift else logging.INFO
+                logger.log(level, "%s kernel for quantized linears: %s", choice.name, choice.reason)
+            self.chosen[kind] = choice
         return self.chosen[kind]
 
 

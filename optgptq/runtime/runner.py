@@ -6,16 +6,18 @@ Shapes: `T` tokens, `N` query heads, `K` key/value heads, `S = T` positions of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from optgptq.kernels.attention_choice import AttentionChoice
 from optgptq.kernels.paged_attention import PagedBatch, ScoreRule
-from optgptq.models.attention import AttentionContext, context_at
+from optgptq.models.attention import AttentionContext
 from optgptq.models.decoder import Decoder
-from optgptq.models.spec import DecoderSpec
+from optgptq.models.rope import LENGTH_DEPENDENT, inverse_frequencies, rope_table, table_of
+from optgptq.models.spec import DecoderSpec, RopeSpec
+from optgptq.runtime.graphs import Capture, DecodeGraphs
 from optgptq.runtime.page_pool import PagePool
 from optgptq.runtime.row_blocks import block_parts, find_block_size
 from optgptq.runtime.step_batch import StepBatch, StepTables
@@ -83,31 +85,59 @@ class Runner:
         decoder: the model.
         attend: the attention over pages.
         tables: makes the tensors of a step.
+        frequencies: rotary frequencies on the model's device, of the tables that do not depend on the text's length.
         block_size: tokens that go through the model together, for texts that do not depend on each other to the bit;
             None for all of a step.
+        graphs: recorded decode steps, where the device has them.
     """
 
     decoder: Decoder
     attend: PagedAttend
     tables: StepTables
+    frequencies: Mapping[RopeSpec, torch.Tensor]
     block_size: int | None = None
+    graphs: DecodeGraphs | None = None
 
     @classmethod
-    def start(cls, decoder: Decoder, pool: PagePool, attention: AttentionChoice, *, deterministic: bool) -> Runner:
-        """Return a runner; a deterministic one first looks for a block size that the machine's products allow."""
-        tables = StepTables(
-            spec=decoder.spec,
-            num_groups=len(pool.plan.groups),
-            page_size=pool.plan.page_size,
-            device=decoder.device,
-        )
-        rules = score_rules(decoder.spec, decoder.device)
-        return cls(
+    def start(
+        cls,
+        decoder: Decoder,
+        pool: PagePool,
+        attention: AttentionChoice,
+        *,
+        deterministic: bool = False,
+        capture: Capture | None = None,
+    ) -> Runner:
+        """Return a runner.
+
+        Args:
+            decoder: the model.
+            pool: the pages.
+            attention: the kernels.
+            deterministic: look for a block size that the machine's products allow.
+            capture: records decode steps; None to run each as it comes.
+        """
+        spec, device, plan = decoder.spec, decoder.device, pool.plan
+        runner = cls(
             decoder=decoder,
-            attend=PagedAttend(pool=pool, rules=rules, attention=attention),
-            tables=tables,
+            attend=PagedAttend(pool=pool, rules=score_rules(spec, device), attention=attention),
+            tables=StepTables(spec=spec, num_groups=len(plan.groups), page_size=plan.page_size, device=device),
+            frequencies={
+                rope: inverse_frequencies(rope, num_positions=1).to(device)
+                for rope in spec.ropes
+                if rope.kind not in LENGTH_DEPENDENT
+            },
             block_size=find_block_size(decoder) if deterministic else None,
         )
+        if capture is not None and not deterministic and len(runner.frequencies) == len(spec.ropes):
+            runner.graphs = DecodeGraphs(
+                run=runner.logits_of,
+                capture=capture,
+                page_size=plan.page_size,
+                max_length=plan.max_length,
+                device=device,
+            )
+        return runner
 
     def prompt_salt(self, num_prompt_tokens: int) -> bytes:
         """Return what cached pages of a prompt depend on besides its tokens.
@@ -119,26 +149,30 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> torch.Tensor:
-        """Run a step and return float32 logits `[parts that sample, V]`."""
+        """Run a step and return float32 logits `[parts that sample, V]`; the next step may overwrite them."""
         self.attend.pool.copy(step.copies)
-        if self.block_size is None:
-            batch = self.tables.batch(step.parts)
-            hidden_BSM = self._hidden(batch)
-            return self.decoder.head.logits(hidden_BSM[0, batch.last_rows])
-        return self._in_blocks(step.parts, self.block_size)
+        if self.block_size is not None:
+            return self._in_blocks(step.parts, self.block_size)
+        batch = self.tables.batch(step.parts)
+        if self.graphs is not None and len(batch.last_rows) == len(batch.token_T):
+            return self.graphs.logits(batch)
+        return self.logits_of(batch)
+
+    def logits_of(self, batch: StepBatch) -> torch.Tensor:
+        """Return the logits of a batch's last rows; nothing is read back from the device."""
+        return self.decoder.head.logits(self._hidden(batch)[0, batch.last_rows])
 
     def _hidden(self, batch: StepBatch) -> torch.Tensor:
         self.attend.groups = batch.groups
-        return self.decoder.hidden(batch.token_T.unsqueeze(0), self._context(batch))
-
-    def _context(self, batch: StepBatch) -> AttentionContext:
-        return context_at(
-            self.decoder.spec,
-            batch.position_T,
-            dtype=self.decoder.dtype,
-            attend=self.attend,
-            lengths=batch.length_T,
-        )
+        positions, dtype = batch.position_T, self.decoder.dtype
+        tables = {
+            rope: table_of(rope, positions, self.frequencies[rope], dtype=dtype)
+            if rope in self.frequencies
+            else rope_table(rope, positions, dtype=dtype, lengths=batch.length_T)
+            for rope in self.decoder.spec.ropes
+        }
+        context = AttentionContext(positions=positions, rope_tables=tables, attend=self.attend)
+        return self.decoder.hidden(batch.token_T.unsqueeze(0), context)
 
     def _in_blocks(self, parts: Sequence[StepPart], size: int) -> torch.Tensor:
         """Run a step in blocks of `size` tokens, the last one filled up; blocks of one text follow each other."""

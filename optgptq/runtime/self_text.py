@@ -6,14 +6,44 @@ Shapes: `W` windows, `S` positions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 
 from optgptq.errors import TextError
 from optgptq.models.decoder import Decoder
-from optgptq.runtime.generation import generate
-from optgptq.runtime.sampling import SamplingSettings
+from optgptq.runtime.engine import Engine
+from optgptq.runtime.engine_settings import EngineSettings
+from optgptq.runtime.llm import generate
+from optgptq.scheduling.sampling_params import SamplingParams
+
+# Texts at a time: more rows add nothing to the speed of a matrix product.
+_RUNNING = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfWriting:
+    """How the model chooses its tokens.
+
+    Attributes:
+        temperature: 1 samples from the model's own distribution.
+        seed: text `i` is drawn with `seed + i`.
+        eos_token_ids: tokens that end a text; they are part of it.
+    """
+
+    temperature: float = 1.0
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+
+    def params(self, number: int, *, max_tokens: int) -> SamplingParams:
+        """Return the parameters of text `number`."""
+        return SamplingParams(
+            temperature=self.temperature,
+            seed=self.seed + number,
+            max_tokens=max_tokens,
+            stop_token_ids=self.eos_token_ids,
+            detokenize=False,
+        )
 
 
 def write_windows(
@@ -21,7 +51,7 @@ def write_windows(
     num_windows: int,
     window_size: int,
     *,
-    settings: SamplingSettings,
+    writing: SelfWriting,
     bos_token_id: int | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
@@ -32,30 +62,34 @@ def write_windows(
     model has one, and cut into windows.
 
     Args:
-        decoder: the model.
+        decoder: the model; its linears are fused in place.
         num_windows: windows to write.
         window_size: tokens per window.
-        settings: temperature, seed and end tokens; `max_tokens` and `ignore_eos` are not looked at.
+        writing: how tokens are chosen.
         bos_token_id: the model's BOS token or None.
         progress: called with tokens written and wanted, after each round of texts.
 
     Raises:
         TextError: the model has neither a BOS nor an end token to start from, or it writes nothing but end tokens.
+        NumericalError: the model gives logits that are not numbers.
     """
-    start = bos_token_id if bos_token_id is not None else next(iter(settings.eos_token_ids), None)
+    start = bos_token_id if bos_token_id is not None else next(iter(writing.eos_token_ids), None)
     if start is None:
         raise _no_text("a BOS or an end token to start from", "neither in tokenizer and config")
-    settings = replace(settings, max_tokens=window_size, ignore_eos=False)
+    settings = EngineSettings(max_length=window_size + 1, max_running=_RUNNING, prefix_cache=False)
+    engine = Engine(decoder, None, settings)
     wanted = num_windows * window_size
     stream: list[int] = []
     num_texts, count = 0, num_windows
     while len(stream) < wanted:
         # A text's randomness depends on its number alone, so the rounds do not show in the result.
-        texts = generate(decoder, [[start]] * count, replace(settings, seed=settings.seed + num_texts))
-        for text in texts:
+        params = [writing.params(num_texts + index, max_tokens=window_size) for index in range(count)]
+        for result in generate(engine, [[start]] * count, params):
+            if result.error is not None:
+                raise result.error
             if stream and bos_token_id is not None:
                 stream.append(bos_token_id)
-            stream += text
+            stream += result.token_ids
         num_texts += count
         if len(stream) < 2 * num_texts:
             raise _no_text("text after the start token", f"{len(stream)} tokens in {num_texts} texts")

@@ -13,6 +13,7 @@ from optgptq.models.decoder import Decoder
 from optgptq.models.spec import DecoderSpec
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.fused_linears import fuse_linears
+from optgptq.runtime.graphs import capture_on_device
 from optgptq.runtime.memory_plan import MemoryPlan, plan_memory
 from optgptq.runtime.page_pool import PagePool
 from optgptq.runtime.runner import Runner
@@ -47,7 +48,13 @@ def start_runner(decoder: Decoder, settings: EngineSettings) -> tuple[Runner, Sc
     level = logging.WARNING if attention.is_makeshift else logging.INFO
     logger.log(level, "%s kernel for attention: %s", attention.name, attention.reason)
     pool = PagePool.allocate(plan, spec, dtype=decoder.dtype, device=device)
-    runner = Runner.start(fuse_linears(decoder), pool, attention, deterministic=settings.deterministic)
+    runner = Runner.start(
+        fuse_linears(decoder),
+        pool,
+        attention,
+        deterministic=settings.deterministic,
+        capture=capture_on_device if device.type == "cuda" and settings.graphs else None,
+    )
     return runner, scheduler_settings(plan, spec, settings, step_tokens=step_tokens, max_running=running)
 
 

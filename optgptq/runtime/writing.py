@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from optgptq.data.tokenizer import Tokenizer
 from optgptq.errors import OptGPTQError
-from optgptq.runtime.detokenizer import NUM_CONTEXT_TOKENS, Detokenizer
+from optgptq.runtime.detokenizer import Detokenizer
 from optgptq.runtime.results import Completion, GenerationResult, Piece
 from optgptq.runtime.sampling_records import SampledToken, SamplingRow
 from optgptq.runtime.stop import StopChecker
@@ -53,8 +53,9 @@ class TextState:
         params = text.request.params
         detokenizer = None
         if tokenizer is not None and params.detokenize:
-            detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
-            detokenizer.add(text.request.prompt_ids[-NUM_CONTEXT_TOKENS:])
+            detokenizer = Detokenizer(
+                tokenizer, skip_special_tokens=params.skip_special_tokens, prompt_ids=text.request.prompt_ids
+            )
         return cls(
             text=text,
             detokenizer=detokenizer,

@@ -1,0 +1,1 @@
+"""What runs when: requests, pages and steps of the runtime. No tensor in here."""

@@ -36,6 +36,15 @@ class PageTables:
         """Free pages of each group."""
         return tuple(allocator.num_free for allocator in self.allocators)
 
+    def has_slot(self, sequence: Sequence) -> bool:
+        """Return whether the next position lies in pages that the sequence has already, for itself alone."""
+        if sequence.num_computed % self._page_size == 0:
+            return False
+        for allocator, table in zip(self.allocators, sequence.page_tables, strict=True):
+            if allocator.num_references(table[-1]) > 1:
+                return False
+        return True
+
     def room(self, sequence: Sequence) -> int:
         """Return how many more positions of a running sequence its own and the free pages hold."""
         begin = sequence.num_computed
@@ -79,11 +88,13 @@ class PageTables:
     def advance(self, sequence: Sequence, end: int) -> None:
         """Note that the positions up to `end` - 1 are written: full pages can be found, unseen ones are given back."""
         size = self._page_size
+        last = (end - 1) // size
         for allocator, table in zip(self.allocators, sequence.page_tables, strict=True):
-            for number in range(sequence.num_computed // size, -(-end // size)):
-                allocator.fill(table[number], min(size, end - number * size))
+            for number in range(sequence.num_computed // size, last):
+                allocator.fill(table[number], size)
+            allocator.fill(table[last], end - last * size)
         sequence.num_computed = end
-        if self._settings.prefix_cache:
+        if self._settings.prefix_cache and end // size > sequence.num_committed:
             self._commit(sequence)
         for group in self._windowed:
             self._give_back(sequence, group)

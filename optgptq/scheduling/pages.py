@@ -56,7 +56,8 @@ class PageAllocator:
         """Hold a page once more; it may be a free one that was found by its name."""
         if self._references[page] == 0:
             del self._free[page]
-            self._count_filled(self._filled[page])
+            self.num_filled_slots += self._filled[page]
+            self.peak_filled_slots = max(self.peak_filled_slots, self.num_filled_slots)
             self.peak_used = max(self.peak_used, self.num_used)
         self._references[page] += 1
 
@@ -66,14 +67,16 @@ class PageAllocator:
         self._references[page] -= 1
         if self._references[page] == 0:
             self._free[page] = None
-            self._count_filled(-self._filled[page])
+            self.num_filled_slots -= self._filled[page]
             if self._names[page] is None:
                 self._free.move_to_end(page, last=False)
 
     def fill(self, page: int, num_slots: int) -> None:
         """Note that the first `num_slots` slots of a held page hold tokens."""
-        self._count_filled(num_slots - self._filled[page])
+        self.num_filled_slots += num_slots - self._filled[page]
         self._filled[page] = num_slots
+        if self.num_filled_slots > self.peak_filled_slots:
+            self.peak_filled_slots = self.num_filled_slots
 
     def num_filled(self, page: int) -> int:
         """Return the slots of a page that hold tokens."""
@@ -89,7 +92,3 @@ class PageAllocator:
     def find(self, digest: bytes) -> int | None:
         """Return the page with this name, held or free; None if there is none."""
         return self._named.get(digest)
-
-    def _count_filled(self, num_slots: int) -> None:
-        self.num_filled_slots += num_slots
-        self.peak_filled_slots = max(self.peak_filled_slots, self.num_filled_slots)

@@ -2,7 +2,8 @@
 
 Sequences that write one token come first, then the chunks of prompts that run, then admissions. Where pages are short
 the sequence of the worst rank loses its own and waits again; it is computed anew from its tokens, mostly out of the
-prefix cache. One for which no worse one is left stays as it is until pages come back, and nobody is admitted meanwhile.
+prefix cache, and nobody is admitted in that step. One for which no worse one is left stays as it is until pages come
+back.
 """
 
 from __future__ import annotations
@@ -78,25 +79,26 @@ class Planner:
             self._counters.num_restarts += 1
 
     def _continue_running(self, draft: _Draft) -> bool:
-        """Add parts for what runs; return whether nobody was short of pages.
+        """Add parts for what runs; return whether all of it still does.
 
         Pages are taken from the best rank to the worst, so whoever loses its pages has no part in this step yet.
         """
         running = self._running
         num_lacking = [len(sequence.token_ids) - sequence.num_computed for sequence in running]
         draft.num_left -= num_lacking.count(1)
-        is_short = False
         for index, lacking in enumerate(num_lacking):
             if index == len(running):
                 break
             sequence = running[index]
+            if lacking == 1 and self._tables.has_slot(sequence):
+                self._add_part(draft, sequence, 1)
+                continue
             wanted = 1 if lacking == 1 else min(lacking, draft.num_left)
             num_tokens = min(wanted, self._make_room(sequence)) if wanted else 0
             if num_tokens:
                 self._compute(draft, sequence, num_tokens)
                 draft.num_left -= 0 if lacking == 1 else num_tokens
-            is_short = is_short or num_tokens < min(wanted, 1)
-        return not is_short and len(running) == len(num_lacking)
+        return len(running) == len(num_lacking)
 
     def _make_room(self, sequence: Sequence) -> int:
         """Return for how many positions there are pages; worse sequences lose theirs until there is one."""
@@ -115,17 +117,20 @@ class Planner:
 
     def _compute(self, draft: _Draft, sequence: Sequence, num_tokens: int) -> None:
         """Take pages for the next positions of a sequence and add the part that computes them."""
+        draft.copies += self._tables.extend(sequence, sequence.num_computed + num_tokens)
+        self._add_part(draft, sequence, num_tokens)
+
+    def _add_part(self, draft: _Draft, sequence: Sequence, num_tokens: int) -> None:
         begin = sequence.num_computed
         end = begin + num_tokens
-        draft.copies += self._tables.extend(sequence, end)
         samples = (sequence, *sequence.followers) if end == len(sequence.token_ids) else ()
         (draft.decodes if num_tokens == 1 else draft.chunks).append(StepPart(sequence, begin, end, samples))
 
     def _admit(self, draft: _Draft, sequence: Sequence) -> bool:
         """Let the best sequence that waits run, if there are seats and pages for it; return whether it does.
 
-        The pages for its first chunk must be there, and the watermark besides; where nothing runs, one position is
-        enough.
+        The pages for its first chunk must be there, and the watermark besides if anything runs. Where nothing runs
+        there is room for any first chunk that `submit` and `largest_first_chunk` allow.
         """
         num_seats = sum(text.num_seats for text in self._running) + sequence.num_seats
         if num_seats > self._settings.max_running or self._is_still_blocked(sequence):
@@ -133,8 +138,7 @@ class Planner:
         prefix = self._tables.find_prefix(sequence)
         wanted = min(draft.num_left, len(sequence.token_ids) - prefix.num_tokens)
         room = self._tables.room_after(prefix, keep_watermark=len(self._running) > 0)
-        least = min(wanted, self._largest_first_chunk) if self._running else 1
-        if room < least:
+        if room < min(wanted, self._largest_first_chunk):
             self._blocked = _Blocked(sequence, self._tables.num_free, _LOOK_AGAIN)
             return False
         self._blocked = None

@@ -107,9 +107,9 @@ class Scheduler:
         if not step.parts:
             return
         assert step is self._in_flight, "not the step that was handed out last"
+        assert len(tokens) == len(step.sampled), "not one token for each sampled sequence"
         self._in_flight = None
         self._computing = set()
-        assert len(tokens) == len(step.sampled), "not one token for each sampled sequence"
         given = iter(tokens)
         for part in step.parts:
             news = [(sequence, next(given)) for sequence in part.samples]

@@ -117,7 +117,7 @@ class SchedulerSettings:
         """Tokens of a first chunk that the windowed groups hold with the watermark kept and nothing else running.
 
         An admission that waited for more pages than that would wait for ever. Groups without a window do not count:
-        their room for one sequence is `longest`.
+        alone and without a watermark they hold the whole prompt.
         """
         rooms = [self.max_length]
         for group in self.groups:

@@ -13,7 +13,6 @@ from support.native_paths import native_paths
 from support.paged import PagedStep, PagedTexts, Part, dense_attention, paged_texts
 
 from optgptq.kernels import paged_attention as plain
-from optgptq.kernels.attention_choice import choose_attention
 from optgptq.kernels.paged_attention import ScoreRule
 from optgptq.native.library import load_library
 from optgptq.native.paged_attention import exponential, hyperbolic_tangent, paged_attention, store_tokens
@@ -113,8 +112,12 @@ def test_a_row_has_the_same_bits_however_it_is_reached(path: str, data: st.DataO
         lengths, num_heads=2 * group, num_kv_heads=2, head_dim=head_dim, page_size=16, dtype=dtype, window=window
     )
     slopes_N = torch.linspace(0.5, 0.01, 2 * group)
-    rule = ScoreRule(scale=0.3, window=window, **data.draw(st.sampled_from([{}, {"slopes_N": slopes_N}, {"softcap": 5}])))
-    whole = [paged_attention(*texts.step([(text, 0, end)]).arguments, rule, path=path) for text, end in enumerate(lengths)]
+    rule = ScoreRule(
+        scale=0.3, window=window, **data.draw(st.sampled_from([{}, {"slopes_N": slopes_N}, {"softcap": 5}]))
+    )
+    whole = [
+        paged_attention(*texts.step([(text, 0, end)]).arguments, rule, path=path) for text, end in enumerate(lengths)
+    ]
     rounds: list[list[Part]] = [[], [], []]
     for text, end in enumerate(lengths):
         cuts = sorted({0, end, *data.draw(st.lists(st.integers(0, end), max_size=2), label="cuts")})
@@ -225,11 +228,3 @@ def test_the_hyperbolic_tangent_is_exact_enough(path: str) -> None:
     edges = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])
     expected = torch.tensor([0.0, 1.0, -1.0, torch.nan])
     torch.testing.assert_close(hyperbolic_tangent(path, edges), expected, rtol=0, atol=0, equal_nan=True)
-
-
-def test_it_is_chosen_for_processors() -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        choice = choose_attention(torch.device("cpu"), dtype, 64)
-        assert (choice.name, choice.is_makeshift) == ("native", False)
-        assert choice.attend is paged_attention
-        assert choice.store is store_tokens

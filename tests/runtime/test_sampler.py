@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -118,7 +119,7 @@ def test_many_draws_give_the_softmax(temperature):
         ({"top_k": 1}, [0, 1, 0, 0]),
         ({"min_p": 0.5}, [0, 5 / 8, 3 / 8, 0]),
         ({"min_p": 1.0}, [0, 1, 0, 0]),
-        ({"top_k": 3, "top_p": 0.5}, [0, 1, 0, 0]),  # of the 0.9 that top-k leaves
+        ({"top_k": 3, "top_p": 0.55}, [0, 1, 0, 0]),  # of the 0.9 that top-k leaves
     ],
 )
 def test_what_is_kept_keeps_its_proportions(values, expected):
@@ -138,6 +139,17 @@ def test_the_first_of_equally_likely_tokens(values):
 def test_no_temperature_overflows(temperature, expected):
     params = SamplingParams(temperature=temperature)
     assert {chosen([0.0, 3.0, -3e38, 3e38], row_of(params, fork=fork)) for fork in range(60)} == expected
+
+
+def test_top_p_that_is_reached_exactly_keeps_no_further_token():
+    found = frequencies(SamplingParams(top_p=0.5), [1.0] * 4, draws=100)
+    assert (found > 0).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (1 - 2**-53, 3)])
+def test_the_outermost_random_numbers_take_tokens_that_are_possible(monkeypatch, uniform, expected):
+    monkeypatch.setattr(sampler, "uniforms", lambda *places: np.array([uniform]))
+    assert chosen([-torch.inf, 0.0, 0.0, 0.0, -torch.inf], row_of(SamplingParams())) == expected
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9])

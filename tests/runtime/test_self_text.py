@@ -9,8 +9,7 @@ from optgptq.bundled import bundled_path
 from optgptq.errors import TextError
 from optgptq.models.decoder import Decoder
 from optgptq.runtime.load import load_model
-from optgptq.runtime.sampling import SamplingSettings
-from optgptq.runtime.self_text import write_windows
+from optgptq.runtime.self_text import SelfWriting, write_windows
 
 BOS, EOS = 0, 1
 
@@ -21,8 +20,8 @@ def story() -> Decoder:
 
 
 def write(story: Decoder, *, seed: int = 0, bos: int | None = BOS, eos: tuple[int, ...] = (EOS,)) -> torch.Tensor:
-    settings = SamplingSettings(temperature=1.0, seed=seed, eos_token_ids=eos)
-    return write_windows(story, 5, 33, settings=settings, bos_token_id=bos)
+    writing = SelfWriting(temperature=1.0, seed=seed, eos_token_ids=eos)
+    return write_windows(story, 5, 33, writing=writing, bos_token_id=bos)
 
 
 def test_windows_are_full_seeded_and_repeatable(story):
@@ -35,8 +34,8 @@ def test_windows_are_full_seeded_and_repeatable(story):
 
 
 def test_every_text_begins_with_bos_but_the_first_whose_bos_is_left_out(story):
-    settings = SamplingSettings(temperature=1.0, eos_token_ids=(EOS,))
-    stream = write_windows(story, 4, 500, settings=settings, bos_token_id=BOS).flatten().tolist()
+    writing = SelfWriting(temperature=1.0, eos_token_ids=(EOS,))
+    stream = write_windows(story, 4, 500, writing=writing, bos_token_id=BOS).flatten().tolist()
     ends = [position for position, token in enumerate(stream[:-1]) if token == EOS]
     assert ends
     assert all(stream[position + 1] == BOS for position in ends)
@@ -52,9 +51,9 @@ def test_a_model_without_bos_starts_from_its_end_token(story):
 
 def test_progress_ends_with_everything_that_is_wanted(story):
     seen = []
-    settings = SamplingSettings(temperature=1.0, eos_token_ids=(EOS,))
+    writing = SelfWriting(temperature=1.0, eos_token_ids=(EOS,))
     write_windows(
-        story, 3, 20, settings=settings, bos_token_id=BOS, progress=lambda done, wanted: seen.append((done, wanted))
+        story, 3, 20, writing=writing, bos_token_id=BOS, progress=lambda done, wanted: seen.append((done, wanted))
     )
     assert seen[-1] == (60, 60)
 

@@ -22,5 +22,6 @@ SHIPPED = (
     "gptq-w8",
     "gptqt-w2",
     "gptqt-w3",
+    "opt-gqa-w4",
     "rtn-w4",
 )

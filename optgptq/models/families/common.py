@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from optgptq.models.config_reader import ConfigReader
 from optgptq.models.spec import Stage, StageName
@@ -29,6 +30,11 @@ def single_linear_stages(*, qkv: str, o: str, up: str, down: str) -> tuple[Stage
         Stage(name="gate_up", linears=(up,)),
         Stage(name="down", linears=(down,)),
     )
+
+
+def with_key_value_heads(config: Mapping[str, Any], num_kv_heads: int) -> dict[str, Any]:
+    """Return the config with another number of key/value heads, as most families write it."""
+    return {**config, "num_key_value_heads": num_kv_heads}
 
 
 def layer_windows(

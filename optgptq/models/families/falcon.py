@@ -1,8 +1,15 @@
-"""Falcon: three layouts of the fused query-key-value, one or two norms, ALiBi or rotary."""
+"""Falcon: three layouts of the fused query-key-value, one or two norms, ALiBi or rotary.
+
+Query heads that share keys and values are the new decoder architecture. Beside a sequential residual (`parallel_attn:
+false`, as in Falcon-RW) transformers cannot run it: its layer ends with an error. Models of that kind come from
+grouping the heads of a Falcon-RW and are read here alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from optgptq.models.activations import ACTIVATIONS
 from optgptq.models.config_reader import ConfigReader
@@ -83,8 +90,9 @@ def _qkv(config: ConfigReader, *, grouped: bool, num_heads: int) -> tuple[QKVLay
 def _norms(config: ConfigReader, *, grouped: bool) -> tuple[Residual, TensorNames]:
     parallel = config.flag("parallel_attn", default=True)
     num_norms = config.integer("num_ln_in_parallel_attn", default=2 if grouped else 1)
-    if grouped and not parallel:
-        raise config.refusal("parallel_attn", parallel, expected="true with new_decoder_architecture")
+    if grouped and not parallel and num_norms != 1:
+        expected = "true with new_decoder_architecture, unless num_ln_in_parallel_attn is 1"
+        raise config.refusal("parallel_attn", parallel, expected=expected)
     if not parallel:
         return "sequential", replace(_NAMES, mlp_norm="post_attention_layernorm")
     if num_norms > (2 if grouped else 1):
@@ -94,4 +102,14 @@ def _norms(config: ConfigReader, *, grouped: bool) -> tuple[Residual, TensorName
     return "parallel_shared_norm", _NAMES
 
 
-FALCON = ModelFamily(name="falcon", architectures=("FalconForCausalLM",), build_spec=_falcon_spec)
+def _with_kv_heads(config: Mapping[str, Any], num_kv_heads: int) -> dict[str, Any]:
+    """Return the config of the new decoder architecture; norms and residual stay what they are."""
+    changed = {**config, "new_decoder_architecture": True, "num_kv_heads": num_kv_heads}
+    if not config.get("new_decoder_architecture"):
+        changed |= {"num_ln_in_parallel_attn": 1, "multi_query": False}
+    return changed
+
+
+FALCON = ModelFamily(
+    name="falcon", architectures=("FalconForCausalLM",), build_spec=_falcon_spec, with_kv_heads=_with_kv_heads
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from optgptq.models.config_reader import ConfigReader
-from optgptq.models.families.common import LLAMA_STAGES, layer_types, layer_windows
+from optgptq.models.families.common import LLAMA_STAGES, layer_types, layer_windows, with_key_value_heads
 from optgptq.models.family import ModelFamily
 from optgptq.models.rope_config import read_rope, read_rope_section
 from optgptq.models.spec import DecoderSpec, LayerSpec, NormSpec, RopeSpec, TensorNames
@@ -147,8 +147,11 @@ def _gemma3_ropes(config: ConfigReader, *, head_dim: int, max_position: int) -> 
     }
 
 
-GEMMA_FAMILIES = (
-    ModelFamily(name="gemma", architectures=("GemmaForCausalLM",), build_spec=_gemma_spec),
-    ModelFamily(name="gemma2", architectures=("Gemma2ForCausalLM",), build_spec=_gemma2_spec),
-    ModelFamily(name="gemma3_text", architectures=("Gemma3ForCausalLM",), build_spec=_gemma3_spec),
+GEMMA_FAMILIES = tuple(
+    ModelFamily(name=name, architectures=(architecture,), build_spec=build_spec, with_kv_heads=with_key_value_heads)
+    for name, architecture, build_spec in (
+        ("gemma", "GemmaForCausalLM", _gemma_spec),
+        ("gemma2", "Gemma2ForCausalLM", _gemma2_spec),
+        ("gemma3_text", "Gemma3ForCausalLM", _gemma3_spec),
+    )
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from optgptq.models.activations import ACTIVATIONS
 from optgptq.models.config_reader import ConfigReader
-from optgptq.models.families.common import LLAMA_STAGES, heads, layer_windows
+from optgptq.models.families.common import LLAMA_STAGES, heads, layer_windows, with_key_value_heads
 from optgptq.models.family import ModelFamily
 from optgptq.models.rope_config import read_rope
 from optgptq.models.spec import DecoderSpec, LayerSpec, NormSpec, StageName, TensorNames
@@ -106,9 +106,12 @@ def _qwen3_spec(config: ConfigReader) -> DecoderSpec:
     return _with_windows(replace(spec, names=names), windows)
 
 
-LLAMA_FAMILIES = (
-    ModelFamily(name="llama", architectures=("LlamaForCausalLM",), build_spec=_llama_spec),
-    ModelFamily(name="mistral", architectures=("MistralForCausalLM",), build_spec=_mistral_spec),
-    ModelFamily(name="qwen2", architectures=("Qwen2ForCausalLM",), build_spec=_qwen2_spec),
-    ModelFamily(name="qwen3", architectures=("Qwen3ForCausalLM",), build_spec=_qwen3_spec),
+LLAMA_FAMILIES = tuple(
+    ModelFamily(name=name, architectures=(architecture,), build_spec=build_spec, with_kv_heads=with_key_value_heads)
+    for name, architecture, build_spec in (
+        ("llama", "LlamaForCausalLM", _llama_spec),
+        ("mistral", "MistralForCausalLM", _mistral_spec),
+        ("qwen2", "Qwen2ForCausalLM", _qwen2_spec),
+        ("qwen3", "Qwen3ForCausalLM", _qwen3_spec),
+    )
 )

@@ -1,6 +1,13 @@
-"""MPT: ALiBi, no biases at all, optionally clipped queries, keys and values."""
+"""MPT: ALiBi, no biases at all, optionally clipped queries, keys and values.
+
+Models whose query heads share keys and values are written as the original code (llm-foundry) writes them, with
+`attn_type: grouped_query_attention` and `kv_n_heads`. transformers has no such MPT and refuses the config.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from optgptq.models.config_reader import ConfigReader
 from optgptq.models.families.alibi_slopes import mpt_slopes
@@ -15,6 +22,7 @@ _NAMES = TensorNames(
     attention_norm="norm_1",
     mlp_norm="norm_2",
 )
+_GROUPED = "grouped_query_attention"
 
 
 def _mpt_spec(config: ConfigReader) -> DecoderSpec:
@@ -22,11 +30,11 @@ def _mpt_spec(config: ConfigReader) -> DecoderSpec:
     num_heads = config.integer("n_heads", "num_attention_heads")
     head_dim = heads(config, hidden_size=hidden_size, num_heads=num_heads)
     attention = config.section("attn_config") or ConfigReader({})
-    for reader, key, allowed in (
+    for reader, key, *allowed in (
         (config, "no_bias", True),
         (config, "expansion_ratio", 4),
         (config, "logit_scale", None),
-        (attention, "attn_type", "multihead_attention"),
+        (attention, "attn_type", "multihead_attention", _GROUPED),
         (attention, "alibi", True),
         # transformers uses 8 whatever is written here, the original code what is written.
         (attention, "alibi_bias_max", 8),
@@ -34,7 +42,7 @@ def _mpt_spec(config: ConfigReader) -> DecoderSpec:
         (attention, "qk_ln", False),
         (attention, "attn_uses_sequence_id", False),
     ):
-        reader.require(key, allowed)
+        reader.require(key, *allowed)
     config.require("norm_type", "low_precision_layernorm", "layernorm")
     # Used by the original code only where there is no ALiBi.
     config.raw("learned_pos_emb")
@@ -45,7 +53,7 @@ def _mpt_spec(config: ConfigReader) -> DecoderSpec:
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
         num_heads=num_heads,
-        num_kv_heads=num_heads,
+        num_kv_heads=_num_kv_heads(attention, num_heads),
         head_dim=head_dim,
         layers=(LayerSpec(attention_scale=scale),) * num_layers,
         norm=NormSpec(kind="layer", eps=config.number("layer_norm_epsilon", default=1e-5)),
@@ -66,4 +74,24 @@ def _mpt_spec(config: ConfigReader) -> DecoderSpec:
     return spec
 
 
-MPT = ModelFamily(name="mpt", architectures=("MptForCausalLM", "MPTForCausalLM"), build_spec=_mpt_spec)
+def _num_kv_heads(attention: ConfigReader, num_heads: int) -> int:
+    if attention.raw("attn_type") != _GROUPED:
+        attention.require("kv_n_heads", num_heads)
+        return num_heads
+    num_kv_heads = attention.integer("kv_n_heads")
+    if num_heads % num_kv_heads:
+        raise attention.refusal("kv_n_heads", num_kv_heads, expected=f"a divisor of {num_heads} query heads")
+    return num_kv_heads
+
+
+def _with_kv_heads(config: Mapping[str, Any], num_kv_heads: int) -> dict[str, Any]:
+    attention = {**(config.get("attn_config") or {}), "attn_type": _GROUPED, "kv_n_heads": num_kv_heads}
+    return {**config, "attn_config": attention}
+
+
+MPT = ModelFamily(
+    name="mpt",
+    architectures=("MptForCausalLM", "MPTForCausalLM"),
+    build_spec=_mpt_spec,
+    with_kv_heads=_with_kv_heads,
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optgptq.models.activations import ACTIVATIONS
 from optgptq.models.config_reader import ConfigReader
-from optgptq.models.families.common import heads, single_linear_stages
+from optgptq.models.families.common import heads, single_linear_stages, with_key_value_heads
 from optgptq.models.family import ModelFamily
 from optgptq.models.rope_config import read_rope
 from optgptq.models.spec import DecoderSpec, LayerSpec, NormSpec, TensorNames
@@ -61,4 +61,6 @@ def _phi3_spec(config: ConfigReader) -> DecoderSpec:
     return spec
 
 
-PHI3 = ModelFamily(name="phi3", architectures=("Phi3ForCausalLM",), build_spec=_phi3_spec)
+PHI3 = ModelFamily(
+    name="phi3", architectures=("Phi3ForCausalLM",), build_spec=_phi3_spec, with_kv_heads=with_key_value_heads
+)

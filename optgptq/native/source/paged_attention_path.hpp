@@ -24,7 +24,8 @@ void store_head(const StoreCall& call, std::int64_t kv_head) {
     N* keys = static_cast<N*>(call.pages.keys) + first + place;
     N* values = static_cast<N*>(call.pages.values) + first + place * head_dim;
     for (std::int64_t feature = 0; feature < head_dim; ++feature, keys += page_size) {
-      for (std::int64_t next = 0; next < count; ++next) narrow(key[next * call.key_token_stride + feature], keys + next);
+      const float* number = key + feature;
+      for (std::int64_t next = 0; next < count; ++next) narrow(number[next * call.key_token_stride], keys + next);
     }
     for (std::int64_t next = 0; next < count; ++next, values += head_dim, value += call.value_token_stride) {
       for (std::int64_t feature = 0; feature < head_dim; ++feature) narrow(value[feature], values + feature);

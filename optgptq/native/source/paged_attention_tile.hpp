@@ -3,6 +3,7 @@
 #pragma once
 
 #include "paged_attention.hpp"
+#include "paged_attention_place.hpp"
 #include "paged_attention_products.hpp"
 
 namespace optgptq {
@@ -12,27 +13,41 @@ namespace {
 // One query head of one token.
 struct Row {
   const float* query;
-  float* output;             // sums of weighted values, in the work space
-  FloatVector total;         // sums of weights, lane by lane
-  float largest;             // score so far
-  float slope;
-  float anchor;              // position whose bias is taken from that of every key
-  std::int64_t position;     // of the query
-  std::int64_t begin, end;   // keys that it sees in the present tile
+  float* output;            // sums of weighted values, in the work space
+  FloatVector total;        // sums of weights, lane by lane
+  float largest;            // score so far
+  float slope;              // of ALiBi
+  std::int64_t position;    // of the query
+  std::int64_t begin, end;  // keys that it sees in the present tile
 };
 
 // Rows that share every number of keys and values that is read.
 constexpr int kRowsTogether = 4;
+// Rows from which on it is worth to bring a tile into one piece of floats first.
+constexpr std::int64_t kRowsOfCopies = 8;
 
 inline std::int64_t padded_dim(std::int64_t head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
 
+inline std::int64_t copy_size(const PagedCall& call, std::int64_t num_rows) {
+  return num_rows < kRowsOfCopies ? 0 : 2 * kKeys * padded_dim(call.pages.head_dim);
+}
+
 inline std::size_t scratch_bytes(const PagedCall& call, std::int64_t num_rows) {
-  const std::int64_t numbers = kRowsTogether * kKeys + num_rows * padded_dim(call.pages.head_dim);
+  const std::int64_t numbers =
+      kRowsTogether * kKeys + num_rows * padded_dim(call.pages.head_dim) + copy_size(call, num_rows);
   return static_cast<std::size_t>(num_rows) * sizeof(Row) + static_cast<std::size_t>(numbers) * 4;
 }
 
 OPTGPTQ_INLINE FloatVector rounded_bias(FloatVector position, float slope) {
   return rounded_to_bfloat16(rounded_to_bfloat16(position) * rounded_to_bfloat16(every(slope)));
+}
+
+// What ALiBi adds at `position` less what it adds at the query's own: softmax lets the difference drop out, and with
+// the whole bias of a far position scores would lose digits.
+OPTGPTQ_INLINE FloatVector bias_of(const ScoreRule& rule, const Row& row, FloatVector position) {
+  const auto own = static_cast<float>(row.position);
+  if (rule.round_alibi != 0) return rounded_bias(position, row.slope) - rounded_bias(every(own), row.slope);
+  return (position - own) * row.slope;
 }
 
 OPTGPTQ_INLINE FloatVector ruled(const ScoreRule& rule, const Row& row, FloatVector product, IntVector key) {
@@ -43,13 +58,7 @@ OPTGPTQ_INLINE FloatVector ruled(const ScoreRule& rule, const Row& row, FloatVec
   }
   if (rule.slopes == nullptr) return score;
   const FloatVector position = __builtin_convertvector(key, FloatVector);
-  FloatVector bias;
-  if (rule.round_alibi != 0) {
-    bias = rounded_bias(position, row.slope) - rounded_bias(every(row.anchor), row.slope);
-  } else {
-    bias = (position - row.anchor) * row.slope;
-  }
-  return multiply_add(bias, every(static_cast<float>(rule.alibi_scale)), score);
+  return multiply_add(bias_of(rule, row, position), every(static_cast<float>(rule.alibi_scale)), score);
 }
 
 // Turn products into scores and those into weights; keys of these vectors that the row does not see get none.
@@ -111,7 +120,8 @@ void attend_rows(
   if (first >= last) return;
   score<N, M>(query, tile, first / kLanes, (last + kLanes - 1) / kLanes, weights);
   for (int m = 0; m < M; ++m) {
-    if (rows[m].begin < rows[m].end) weigh(call.rule, rows[m], first_key, padded_dim(tile.head_dim), weights + m * kKeys);
+    if (rows[m].begin == rows[m].end) continue;
+    weigh(call.rule, rows[m], first_key, padded_dim(tile.head_dim), weights + m * kKeys);
   }
   if (shared_begin >= shared_end) shared_begin = shared_end = kKeys;
   for (int m = 0; M > 1 && m < M; ++m) {
@@ -122,27 +132,6 @@ void attend_rows(
   for (int m = 0; M > 1 && m < M; ++m) {
     add_values<N, 1>(output + m, weights + m * kKeys, tile, shared_end, rows[m].end);
   }
-}
-
-// Say where the tile that begins at `first_key` lies; of its keys only `begin .. end - 1` are looked up.
-template <class N>
-TileNumbers<N> find_tile(
-    const PagedCall& call, const PagedItem& item, std::int64_t first_key, std::int64_t begin, std::int64_t end) {
-  const Pages& pages = call.pages;
-  TileNumbers<N> tile;
-  tile.page_size = pages.page_size;
-  tile.head_dim = pages.head_dim;
-  tile.page_stride = pages.num_kv_heads * pages.head_dim * pages.page_size;
-  const std::int64_t head = item.kv_head * pages.head_dim * pages.page_size;
-  tile.values = static_cast<const N*>(pages.values) + head;
-  tile.offset = first_key % pages.page_size;
-  tile.table = call.sequences.page_table + item.sequence * call.sequences.table_stride + first_key / pages.page_size;
-  for (std::int64_t vector = begin / kLanes; vector * kLanes < end; ++vector) {
-    const std::int64_t slot = tile.offset + vector * kLanes;
-    const std::int64_t page = tile.table[slot / pages.page_size];
-    tile.keys[vector] = static_cast<const N*>(pages.keys) + page * tile.page_stride + head + slot % pages.page_size;
-  }
-  return tile;
 }
 
 // Set what each row sees in the tile; return the first key that any row sees and the one after the last.
@@ -177,11 +166,14 @@ inline void begin_rows(const PagedCall& call, const PagedItem& item, Row* rows, 
       rows->output = sums;
       rows->position = before + item.first + token;
       rows->slope = call.rule.slopes == nullptr ? 0.0f : call.rule.slopes[head];
-      // Softmax lets the bias of the query's own position drop out, but for sinks. With it, scores would lose digits.
-      rows->anchor = call.rule.sinks == nullptr ? static_cast<float>(rows->position) : 0.0f;
-      rows->largest = call.rule.sinks == nullptr ? -__builtin_inff() : call.rule.sinks[head];
+      rows->largest = -__builtin_inff();
       rows->total = FloatVector{};
-      rows->total[0] = call.rule.sinks == nullptr ? 0.0f : 1.0f;
+      if (call.rule.sinks != nullptr) {
+        // A sink is a key at position 0, without a value.
+        const float bias = bias_of(call.rule, *rows, FloatVector{})[0] * static_cast<float>(call.rule.alibi_scale);
+        rows->largest = call.rule.sinks[head] + bias;
+        rows->total[0] = 1.0f;
+      }
       for (std::int64_t feature = 0; feature < padded; ++feature) sums[feature] = 0.0f;
     }
   }
@@ -200,24 +192,36 @@ inline void write_rows(const PagedCall& call, const PagedItem& item, const Row* 
 }
 
 template <class N>
+void attend_tile(
+    const PagedCall& call, const TileNumbers<N>& tile, Row* rows, std::int64_t num_rows, std::int64_t first_key,
+    float* weights) {
+  std::int64_t row = 0;
+  for (; row + 4 <= num_rows; row += 4) attend_rows<N, 4>(call, tile, rows + row, first_key, weights);
+  if (row + 2 <= num_rows) {
+    attend_rows<N, 2>(call, tile, rows + row, first_key, weights);
+    row += 2;
+  }
+  if (row < num_rows) attend_rows<N, 1>(call, tile, rows + row, first_key, weights);
+}
+
+template <class N>
 void attend_item(const PagedCall& call, const PagedItem& item, void* scratch) {
   const std::int64_t num_rows = item.num_tokens * (call.num_heads / call.pages.num_kv_heads);
   Row* rows = static_cast<Row*>(scratch);
   float* weights = reinterpret_cast<float*>(rows + num_rows);
-  begin_rows(call, item, rows, weights + kRowsTogether * kKeys);
+  float* copy = weights + kRowsTogether * kKeys;
+  begin_rows(call, item, rows, copy + copy_size(call, num_rows));
   const std::int64_t first_seen = call.rule.window > 0 ? rows[0].position - call.rule.window + 1 : 0;
   const std::int64_t last = rows[num_rows - 1].position;
   for (std::int64_t key = first_seen > 0 ? first_seen / kKeys * kKeys : 0; key <= last; key += kKeys) {
     std::int64_t seen[2];
     look_at_tile(call, rows, num_rows, key, seen);
     const TileNumbers<N> tile = find_tile<N>(call, item, key, seen[0], seen[1]);
-    std::int64_t row = 0;
-    for (; row + 4 <= num_rows; row += 4) attend_rows<N, 4>(call, tile, rows + row, key, weights);
-    if (row + 2 <= num_rows) {
-      attend_rows<N, 2>(call, tile, rows + row, key, weights);
-      row += 2;
+    if (num_rows >= kRowsOfCopies) {
+      attend_tile<float>(call, copy_tile<N>(tile, seen, copy), rows, num_rows, key, weights);
+    } else {
+      attend_tile<N>(call, tile, rows, num_rows, key, weights);
     }
-    if (row < num_rows) attend_rows<N, 1>(call, tile, rows + row, key, weights);
   }
   write_rows(call, item, rows);
 }
