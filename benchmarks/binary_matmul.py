@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import cycle, islice
 
 import torch
+from measure.gpu import ROTATED_BYTES, copied_bytes_per_us, graph_times
 from measure.process import BenchmarkError
 from measure.report import Report, finish, median_and_spread, new_parser
 
@@ -22,8 +22,6 @@ from optgptq.kernels.packed_binary import PackedBinary
 SHAPES = ((4096, 4096), (14336, 4096))
 BITS = (2, 3)
 GROUP_SIZE = 128
-# What is read by one round of calls: no device keeps it in its cache.
-ROTATED_BYTES = 1 << 29
 # Instructions for each weight and plane in the machine code for sm_90, and integer lanes of a multiprocessor.
 OPERATIONS_PER_SIGN = 1.0
 LANES = 64
@@ -97,7 +95,7 @@ def _gpu_row(
     weights = [first, *(random_packed(rows, columns, bits, "cuda", seed=seed) for seed in range(1, num_weights))]
     call = choose_binary_matmul(x.device, x.dtype).call
     error = _require_correct(call(x, first), x, first)
-    times = _graph_times([lambda weight=weight: call(x, weight) for weight in weights], repetitions)
+    times = graph_times([lambda weight=weight: call(x, weight) for weight in weights], repetitions)
     middle = statistics.median(times)
     moved = first.nbytes + x.nbytes + tokens * rows * 2
     bounds = (moved / machine.bytes_per_us, rows * columns * bits * OPERATIONS_PER_SIGN / machine.operations_per_us)
@@ -119,40 +117,12 @@ def _gpu_row(
 def _dense_times(x: torch.Tensor, rows: int, repetitions: int) -> list[float]:
     num_weights = max(2, ROTATED_BYTES // (rows * x.shape[1] * 2))
     weights = [torch.randn(rows, x.shape[1], dtype=x.dtype, device=x.device) for _ in range(num_weights)]
-    return _graph_times(
-        [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in weights], repetitions
-    )
-
-
-def _graph_times(calls: list[Callable[[], torch.Tensor]], repetitions: int) -> list[float]:
-    """Return microseconds of one call, from rounds of all calls in one graph: the time to start them is not counted."""
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in islice(cycle(calls), len(calls) + 3):
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repetitions + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return times[2:]
+    return graph_times([lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in weights], repetitions)
 
 
 def _machine(clock_mhz: float) -> Machine:
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy_us = statistics.median(_graph_times([lambda: target.copy_(source)] * 4, 5))
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    return Machine(bytes_per_us=2 * source.nbytes / copy_us, operations_per_us=processors * LANES * clock_mhz)
+    return Machine(bytes_per_us=copied_bytes_per_us(), operations_per_us=processors * LANES * clock_mhz)
 
 
 def _on_processor(arguments: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> Report:

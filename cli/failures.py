@@ -123,6 +123,11 @@ def _system_failure(error: OSError) -> Failure | None:
     return None
 
 
+def failure_record(error: OptGPTQError) -> dict[str, str | int]:
+    """Return an error of one part of a job as JSON has it."""
+    return _as_record(_own_failure(error))
+
+
 def _is_torch_out_of_memory(error: BaseException) -> bool:
     """Return whether torch ran out of memory: its CPU allocator raises a plain RuntimeError with a known text."""
     if not isinstance(error, RuntimeError):

@@ -1,30 +1,37 @@
-"""`optgptq generate`: let a model continue a prompt."""
+"""`optgptq generate`: let a model continue prompts."""
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .display import plain_log
-from .options import DeviceOption, JsonOption, ModelArgument, QuietOption, RevisionOption
-from .output import write_json, write_result
+from .display import plain_log, step_display
+from .lines import LineWriter, line_writer, require_new
+from .options import (
+    DeterministicOption,
+    DeviceOption,
+    DtypeOption,
+    EngineSetOption,
+    JsonOption,
+    ModelArgument,
+    QuietOption,
+    RevisionOption,
+    WeightsOption,
+)
+from .output import write_json, write_note, write_piece, write_result
+from .record import require_writable
+from .texts import json_record, page, shown_prompt, text_records
 
 if TYPE_CHECKING:
-    from optgptq.data.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Continuation:
-    """One finished text; `token_ids` are the new tokens, `text` is what they spell without the end token."""
-
-    prompt: str
-    num_prompt_tokens: int
-    token_ids: list[int]
-    text: str
-    finish_reason: str
+    from optgptq.runtime.engine import Engine
+    from optgptq.runtime.prompts import PromptRequest
+    from optgptq.runtime.results import GenerationResult, Piece
 
 
 def generate(  # noqa: PLR0913 - the parameters of a command are its options
@@ -33,112 +40,237 @@ def generate(  # noqa: PLR0913 - the parameters of a command are its options
         list[str] | None,
         typer.Argument(metavar="[PROMPT]...", help="Text to continue; none: the model starts.", show_default=False),
     ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="A .txt file, a prompt on each line, or .jsonl.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write each text to this file as JSON, a line each.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="New tokens at most.")] = 64,
+    min_tokens: Annotated[int, typer.Option("--min-tokens", help="New tokens before a text may stop.")] = 0,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Sample among the k likeliest tokens; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Sample among the likeliest tokens of this share.")] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", help="Least probability, as a share of the greatest.")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Above 1: tokens of prompt and text become less likely.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option("--presence-penalty", help="Taken off the logits of tokens of the text.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option("--frequency-penalty", help="The same, for each time that the text has the token.")
+    ] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="A string that ends a text. Repeatable.", show_default=False)
+    ] = None,
+    num_texts: Annotated[int, typer.Option("-n", help="Texts for each prompt.")] = 1,
+    logprobs: Annotated[
+        int | None,
+        typer.Option("--logprobs", help="Report so many likeliest tokens with each one.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            metavar="NAME=VALUE",
+            help="Any other parameter of docs/sampling.md. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     bos: Annotated[
         bool | None,
         typer.Option(
             "--bos/--no-bos", help="Begin with the BOS token; default: the model's habit.", show_default=False
         ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message for the chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are messages for the chat template.")] = False,
+    system: Annotated[
+        str | None, typer.Option("--system", help="With --chat: the message of the system.", show_default=False)
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Print the text as it is written; default: one text on a terminal.",
+            show_default=False,
+        ),
+    ] = None,
+    engine_set: EngineSetOption = None,
+    deterministic: DeterministicOption = False,
+    dtype: DtypeOption = "auto",
+    weights: WeightsOption = "auto",
     revision: RevisionOption = None,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Write text with a dense or quantized checkpoint."""
-    from optgptq.checkpoint.hub import resolve_model
-    from optgptq.data.tokenizer import load_tokenizer
-    from optgptq.runtime.device import require_device
-    from optgptq.runtime.generation import generate as generate_tokens
-    from optgptq.runtime.load import load_model
-    from optgptq.runtime.sampling import SamplingSettings
+    from optgptq.runtime.field_values import SAMPLING_FIELDS, SETTING_FIELDS, engine_settings, field_values
+    from optgptq.runtime.llm import LLM
 
-    folder, torch_device = resolve_model(model, revision), require_device(device)
-    tokenizer = load_tokenizer(folder)
-    settings = SamplingSettings(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        eos_token_ids=tokenizer.eos_token_ids,
-        ignore_eos=ignore_eos,
-    )
-    texts = prompts or [""]
-    prompt_ids = [prompt_tokens(tokenizer, text, bos=bos, chat=chat) for text in texts]
+    values = {
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "stop": stop,
+        "n": num_texts,
+        "logprobs": logprobs,
+        "seed": seed,
+        "ignore_eos": ignore_eos,
+        **field_values(param or (), SAMPLING_FIELDS, option="--param"),
+    }
+    settings = {"deterministic": deterministic, **field_values(engine_set or (), SETTING_FIELDS, option="--set")}
+    requests = read_requests(prompts or [], prompt_file, values, chat=chat, system=system)
+    streams = _streams(stream, requests, as_json=as_json)
+    if output is not None:
+        require_writable(output, option="--output")
+        require_new(output, option="--output", overwrite=overwrite)
+    checked = engine_settings(settings)
     with plain_log(quiet=quiet):
-        decoder = load_model(folder, device=torch_device, weights="quantized")
-        began = time.perf_counter()
-        new_ids = generate_tokens(decoder, prompt_ids, settings)
-        seconds = time.perf_counter() - began
-    results = [
-        _continuation(tokenizer, text, prompt=prompt, new=new, settings_eos=settings.eos_token_ids)
-        for text, prompt, new in zip(texts, prompt_ids, new_ids, strict=True)
-    ]
+        llm = LLM(model, device=device, dtype=dtype, weights=weights, revision=revision, settings=checked)
+        with line_writer(output) as lines, step_display("texts", quiet=quiet or streams) as progress:
+            run = Run(requests=requests, lines=lines, output=output, streams=streams, progress=progress)
+            results, seconds = run.start(llm.engine, bos=bos)
     if as_json:
-        write_json(_record(results, seconds))
-    else:
-        write_result("\n\n".join(result.prompt + result.text for result in results))
+        write_json(json_record(requests, results, seconds=seconds))
+    elif streams:
+        write_piece("\n")
+    elif any(result.error is None for result in results) and output is None:
+        write_result(page(requests, results))
+    _raise_first(results)
 
 
-def prompt_tokens(tokenizer: Tokenizer, text: str, *, bos: bool | None, chat: bool) -> list[int]:
-    """Return the token ids of a prompt.
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """The prompts of a command on their way through an engine.
+
+    Attributes:
+        requests: the prompts.
+        lines: where each text goes when its prompt is done; None for nowhere.
+        output: the file of `lines`.
+        streams: the one text goes to stdout as it is written.
+        progress: takes prompts done and prompts in all.
+        num_done: prompts whose texts have ended.
+    """
+
+    requests: Sequence[PromptRequest]
+    lines: LineWriter | None
+    output: Path | None
+    streams: bool
+    progress: Callable[[int, int], None]
+    num_done: int = 0
+
+    def start(self, engine: Engine, *, bos: bool | None) -> tuple[list[GenerationResult], float]:
+        """Return the results, and the seconds that they took.
+
+        Raises:
+            Interrupted: a request to stop, where finished texts are in a file.
+        """
+        from optgptq.errors import Interrupted
+        from optgptq.runtime.prompts import run_requests
+
+        if self.streams:
+            write_piece(shown_prompt(self.requests[0]))
+        began = time.perf_counter()
+        try:
+            results = run_requests(
+                engine,
+                self.requests,
+                bos=bos,
+                on_result=self._take,
+                on_piece=_show if self.streams else None,
+            )
+        except KeyboardInterrupt as stopped:
+            if self.lines is None:
+                raise
+            raise Interrupted(
+                "optgptq generate",
+                expected=f"to finish {len(self.requests)} prompts",
+                found=f"a request to stop after {self.num_done}",
+                action=f"Their texts are in {self.output}, {self.lines.num_lines} lines. Run the others again.",
+            ) from stopped
+        return results, time.perf_counter() - began
+
+    def _take(self, number: int, result: GenerationResult) -> None:
+        if self.lines is not None:
+            for record in text_records(number, self.requests[number], result):
+                self.lines.write(record)
+        self.num_done += 1
+        self.progress(self.num_done, len(self.requests))
+
+
+def _show(number: int, piece: Piece) -> None:
+    write_piece(piece.text)
+
+
+def read_requests(
+    texts: Sequence[str], path: Path | None, values: Mapping[str, Any], *, chat: bool, system: str | None
+) -> list[PromptRequest]:
+    """Return the prompts of the command line, or of a file; without any, one that is empty.
 
     Raises:
-        TextError: an empty prompt for a model without a BOS token.
+        UsageError: prompts from both, a message of the system without a chat, or sampling parameters that are wrong.
+        TextError: a file that cannot be read, or a text that is not Unicode.
     """
-    from optgptq.errors import TextError
+    from optgptq.errors import UsageError
+    from optgptq.runtime.field_values import sampling_params
+    from optgptq.runtime.prompt_file import read_prompts
+    from optgptq.runtime.prompts import PromptRequest, require_unicode
 
-    if chat:
-        # A chat template writes the special tokens itself.
-        text, bos = tokenizer.render_chat([{"role": "user", "content": text}]), bool(bos)
-    ids = tokenizer.encode(text)
-    wanted = tokenizer.adds_bos or not ids if bos is None else bos
-    if wanted and tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
-    if not ids:
-        raise TextError(
-            "prompt",
-            expected="at least one token to start from",
-            found="an empty prompt, and no BOS token to begin with",
-            action="Give a prompt.",
+    params = sampling_params(values)
+    if system is not None and not chat:
+        raise UsageError("--system", expected="--chat beside it", found="no --chat", action="Add --chat.")
+    if path is not None and texts:
+        raise UsageError(
+            "prompts", expected="them in the command, or in a file", found="both", action="Leave out one of the two."
         )
-    return ids
+    for number, text in enumerate([*texts, system or ""], start=1):
+        require_unicode(text, f"prompt {number}" if number <= len(texts) else "--system")
+    if path is not None:
+        requests = read_prompts(path, values)
+    else:
+        requests = [
+            PromptRequest(where=f"prompt {number}", text=text, params=params)
+            for number, text in enumerate(texts or [""], start=1)
+        ]
+    return [request.as_chat(system) for request in requests] if chat else requests
 
 
-def _continuation(
-    tokenizer: Tokenizer, text: str, *, prompt: list[int], new: list[int], settings_eos: tuple[int, ...]
-) -> Continuation:
-    ended = bool(new) and new[-1] in settings_eos
-    return Continuation(
-        prompt=text,
-        num_prompt_tokens=len(prompt),
-        token_ids=new,
-        text=tokenizer.decode(new[:-1] if ended else new),
-        finish_reason="end" if ended else "length",
-    )
+def _streams(wanted: bool | None, requests: Sequence[PromptRequest], *, as_json: bool) -> bool:
+    """Return whether text is printed as it is written.
+
+    Raises:
+        UsageError: that is wanted, and cannot be.
+    """
+    from optgptq.errors import UsageError
+
+    can = len(requests) == 1 and requests[0].params.n == 1 and not as_json
+    if wanted and not can:
+        raise UsageError(
+            "--stream",
+            expected="one prompt, one text, and no --json",
+            found="--json" if as_json else f"{sum(request.params.n for request in requests)} texts",
+            action="Leave out --stream; --output has each text as soon as it ends.",
+        )
+    return can and sys.stdout.isatty() if wanted is None else wanted
 
 
-def _record(results: list[Continuation], seconds: float) -> dict[str, Any]:
-    num_tokens = sum(len(result.token_ids) for result in results)
-    return {
-        "texts": [
-            {
-                "prompt": result.prompt,
-                "text": result.text,
-                "token_ids": result.token_ids,
-                "num_prompt_tokens": result.num_prompt_tokens,
-                "finish_reason": result.finish_reason,
-            }
-            for result in results
-        ],
-        "num_tokens": num_tokens,
-        "seconds": seconds,
-        "tokens_per_second": num_tokens / seconds if seconds > 0 else None,
-    }
+def _raise_first(results: Sequence[GenerationResult]) -> None:
+    """End the command with the first error of a prompt, the others told before it."""
+    errors = [result.error for result in results if result.error is not None]
+    for error in errors[1:]:
+        write_note(f"error: {error}")
+    if errors:
+        raise errors[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,4 +18,24 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; w
 OverwriteOption = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace an output folder that exists, once the new one is complete."),
+]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Of activations, keys and values; auto: float32 on a processor."),
+]
+WeightsOption = Annotated[
+    Literal["auto", "dense", "quantized"],
+    typer.Option("--weights", help="Hold quantized weights as they are, or decoded; auto: what is faster."),
+]
+EngineSetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Setting of the engine: --set max_running=8. Repeatable.",
+        show_default=False,
+    ),
+]
+DeterministicOption = Annotated[
+    bool, typer.Option("--deterministic", help="No text depends, to the bit, on what runs beside it; slower.")
 ]

@@ -16,8 +16,13 @@ _INTERRUPTED = 75
 
 def write_result(text: str) -> None:
     """Write a result to stdout at once; where its reader left (`... | head -1`), end the command as interrupted."""
+    write_piece(text if text.endswith("\n") else text + "\n")
+
+
+def write_piece(text: str) -> None:
+    """Write a part of a result to stdout as it is; see `write_result`."""
     try:
-        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         drop_stream("stdout")

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from optgptq.quantize import QuantizeResult
 
 
-def require_writable(path: Path) -> None:
-    """Check before a long job that its record can be written.
+def require_writable(path: Path, *, option: str = "--record") -> None:
+    """Check before a long job that a file can be written.
 
     Raises:
         OutputError: the folder is missing or may not be written to, or the path is a folder.
@@ -31,7 +31,7 @@ def require_writable(path: Path) -> None:
     else:
         return
     raise OutputError(
-        f"--record {path}",
+        f"{option} {path}",
         expected="a file in a folder that exists and may be written to",
         found=found,
         action="Create the folder, or name another file.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,9 +18,30 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from optgptq.errors import TextError
 
-# Any fixed day will do: a date in the calibration text must not depend on when the job runs.
+# Any fixed day will do: calibration text, and what a seed writes, must not depend on when the command runs.
 FIXED_DATE = {"%d %b %Y": "26 Jul 2024", "%Y-%m-%d": "2024-07-26", "%B %d, %Y": "July 26, 2024"}
 DEFAULT_DATE = "26 Jul 2024"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Advice:
+    """What to do, for each way to fail."""
+
+    no_template: str
+    no_messages: str
+    refused: str
+
+
+FOR_CALIBRATION = _Advice(
+    no_template="Set calibration.chat_template=false and name a column of plain text, or add the template.",
+    no_messages="Name the column that holds the messages in calibration.column.",
+    refused="Check roles and their order in the data, or use a column of plain text.",
+)
+FOR_GENERATION = _Advice(
+    no_template="Give prompts as plain text, or add the template.",
+    no_messages="Give messages as objects with role and content.",
+    refused="Check the roles of the messages and their order, or give the prompt as plain text.",
+)
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -91,18 +113,23 @@ def render_chat(
     *,
     special_tokens: Mapping[str, str],
     folder: Path,
+    add_generation_prompt: bool = False,
 ) -> str:
-    """Return `messages` rendered by `template`, with no prompt for a further answer at the end.
+    """Return `messages` rendered by `template`.
+
+    With `add_generation_prompt` the text ends with what the model writes its answer after; without it, which is for
+    calibration, it ends with the last message.
 
     Raises:
         TextError: no template, messages that are no list of objects, or a template that fails on them.
     """
+    advice = FOR_GENERATION if add_generation_prompt else FOR_CALIBRATION
     if template is None:
         raise TextError(
             f"chat template of {folder}",
             expected="a file chat_template.jinja, or chat_template in tokenizer_config.json",
             found="neither",
-            action="Set calibration.chat_template=false and name a column of plain text, or add the template.",
+            action=advice.no_template,
         )
     well_formed = isinstance(messages, Sequence) and all(isinstance(message, Mapping) for message in messages)
     if not messages or isinstance(messages, str) or not well_formed:
@@ -110,16 +137,19 @@ def render_chat(
             "chat messages",
             expected='a list of messages such as {"role": "user", "content": "Hello"}',
             found=repr(messages)[:80],
-            action="Name the column that holds the messages in calibration.column.",
+            action=advice.no_messages,
         )
     plain = [dict(message) for message in messages]
     try:
         compiled = _environment().from_string(template)
-        return str(compiled.render(messages=plain, add_generation_prompt=False, tools=None, **special_tokens))
+        rendered = compiled.render(
+            messages=plain, add_generation_prompt=add_generation_prompt, tools=None, **special_tokens
+        )
+        return str(rendered)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise TextError(
             f"chat template of {folder}",
             expected="a template that accepts the messages",
             found=f"the error {str(error) or type(error).__name__!r} on {repr(plain)[:80]}",
-            action="Check roles and their order in the data, or use a column of plain text.",
+            action=advice.refused,
         ) from error

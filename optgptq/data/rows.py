@@ -82,7 +82,7 @@ def read_jsonl(path: Path) -> Iterator[NumberedRow]:
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise _not_utf8(path, offset + error.start, error.object[error.start]) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter for thousands of brackets
             raise TextError(
                 where, expected="one JSON object per line", found=str(error), action="Correct or remove this line."
             ) from error

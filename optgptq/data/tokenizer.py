@@ -98,13 +98,21 @@ class Tokenizer:
         """Return the text of `ids`; special tokens are spelled out unless they are skipped."""
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Return the messages as text through the model's chat template, without a prompt for a further answer.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
+        """Return the messages as text through the model's chat template.
+
+        With `add_generation_prompt` the text ends with what the model writes its answer after.
 
         Raises:
             TextError: the model has no chat template, or the template refuses the messages.
         """
-        return render_chat(messages, self.chat_template, special_tokens=self.special_tokens, folder=self.folder)
+        return render_chat(
+            messages,
+            self.chat_template,
+            special_tokens=self.special_tokens,
+            folder=self.folder,
+            add_generation_prompt=add_generation_prompt,
+        )
 
 
 def _read_native(path: Path) -> tokenizers.Tokenizer:

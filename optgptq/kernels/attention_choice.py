@@ -30,6 +30,7 @@ class AttentionChoice:
         reason: one sentence for the log and for `optgptq doctor`.
         store: writes keys and values into pages.
         attend: reads them.
+        rows_are_independent: a token's result has the same bits in every step, whatever else is in it.
         is_makeshift: there is a faster one for the device, which cannot run here; worth a warning.
     """
 
@@ -37,6 +38,7 @@ class AttentionChoice:
     reason: str
     store: StoreTokens
     attend: PagedAttention
+    rows_are_independent: bool
     is_makeshift: bool = False
 
 
@@ -52,6 +54,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
             reason=f"compiled attention on {place}: each key and value is read once for all heads that share it",
             store=native.store_tokens,
             attend=native.paged_attention,
+            rows_are_independent=True,
         )
     if device.type == "cuda" and dtype in _FAST_TYPES and find_spec("triton") is not None:
         from optgptq.kernels import triton_attention
@@ -61,6 +64,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
             reason=f"one triton kernel for prompts and single tokens on {place}",
             store=triton_attention.store_tokens,
             attend=triton_attention.paged_attention,
+            rows_are_independent=True,
         )
     lost = _what_is_lost(device, dtype)
     return AttentionChoice(
@@ -68,6 +72,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
         reason=f"plain torch on {place}: {lost or 'the only one for this device and dtype'}",
         store=plain.store_tokens,
         attend=plain.paged_attention,
+        rows_are_independent=False,
         is_makeshift=lost is not None,
     )
 

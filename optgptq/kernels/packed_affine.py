@@ -119,19 +119,12 @@ class PackedAffine:
     @classmethod
     def stacked(cls, parts: Sequence[PackedAffine]) -> PackedAffine:
         """Return weights of which each `stacks_with` the first as one, row below row."""
-        first = parts[0]
         return replace(
-            first,
+            parts[0],
             low_BOW=_stacked_rows([(part.low_BOW, part.out_features) for part in parts]),
-            high_BO=_stacked_rows([(part.high_BO, part.out_features) for part in parts if part.high_BO is not None])
-            if first.high_BO is not None
-            else None,
+            high_BO=_stacked_if_there([(part.high_BO, part.out_features) for part in parts]),
             scale_GO=_stacked_rows([(part.scale_GO, part.out_features) for part in parts]),
-            zero_point_GO=_stacked_rows(
-                [(part.zero_point_GO, part.out_features) for part in parts if part.zero_point_GO is not None]
-            )
-            if first.zero_point_GO is not None
-            else None,
+            zero_point_GO=_stacked_if_there([(part.zero_point_GO, part.out_features) for part in parts]),
             out_features=sum(part.out_features for part in parts),
         )
 
@@ -257,6 +250,11 @@ def _stacked_rows(parts: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
     joined = torch.cat([tensor[:, :rows] for tensor, rows in parts], 1)
     filling = joined.new_zeros(joined.shape[0], -joined.shape[1] % ROWS_PER_BLOCK, *joined.shape[2:])
     return torch.cat([joined, filling], 1)
+
+
+def _stacked_if_there(parts: list[tuple[torch.Tensor | None, int]]) -> torch.Tensor | None:
+    there = [(tensor, rows) for tensor, rows in parts if tensor is not None]
+    return _stacked_rows(there) if there else None
 
 
 def _moved(tensor: torch.Tensor | None, device: torch.device | str) -> torch.Tensor | None:

@@ -150,19 +150,14 @@ def _attend(
     num_kv_heads, head_dim, page_size = keys_ZKDY.shape[1:]
     dtype = torch.promote_types(query_TND.dtype, torch.float32)
     table_SC, first_S1, last_S1 = _visible_pages(page_table_RP, piece, rule, page_size)
-    head_rows = (
-        table_SC.unsqueeze(1) * num_kv_heads + torch.arange(num_kv_heads, device=device).unsqueeze(1)
-    ).flatten()
+    head_K1 = torch.arange(num_kv_heads, device=device).unsqueeze(1)
+    head_rows = (table_SC.unsqueeze(1) * num_kv_heads + head_K1).flatten()
     keys = keys_ZKDY.flatten(0, 1).index_select(0, head_rows)
     key_SKDT = keys.view(num_sequences, num_kv_heads, -1, head_dim, page_size).transpose(2, 3).flatten(3).to(dtype)
     values = values_ZKYD.flatten(0, 1).index_select(0, head_rows)
     value_SKTD = values.view(num_sequences, num_kv_heads, -1, head_dim)
     key_ST = first_S1 + torch.arange(value_SKTD.shape[2], device=device)
-    new_S1 = torch.tensor(piece.positions, device=device).unsqueeze(1)
-    query_S1T = (new_S1 + torch.arange(piece.num_queries, device=device)).unsqueeze(2)
-    hidden_SQT = key_ST.unsqueeze(1) > query_S1T
-    if rule.window is not None:
-        hidden_SQT |= key_ST.unsqueeze(1) <= query_S1T - rule.window
+    hidden_SQT = _hidden(piece, key_ST, rule)
     # What was never stored may be anything; zero times it must stay zero.
     unseen_ST = (key_ST > last_S1) | hidden_SQT.all(1)
     value_SKTD = value_SKTD.masked_fill_(unseen_ST[:, None, :, None], 0.0).to(dtype)
@@ -184,12 +179,22 @@ def _visible_pages(
     device = page_table_RP.device
     spans = [(rule.first_key(first) // page_size, first + piece.num_queries - 1) for first in piece.positions]
     most = max(last // page_size - first + 1 for first, last in spans)
-    first_S1, last_S1 = torch.tensor(spans, device=device).split(1, dim=1)
+    first_S1, last_S1 = torch.tensor(spans, device=device).unsqueeze(2).unbind(1)
     column_SC = first_S1 + torch.arange(most, device=device)
     needed_SC = column_SC <= last_S1 // page_size
     sequence_S1 = torch.tensor(piece.sequences, device=device).unsqueeze(1)
     table_SC = page_table_RP[sequence_S1, column_SC.clamp(max=page_table_RP.shape[1] - 1)]
     return torch.where(needed_SC, table_SC, 0).long(), first_S1 * page_size, last_S1
+
+
+def _hidden(piece: _Piece, key_ST: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
+    """Return which keys each query does not see, `[S, Q, T]`."""
+    positions_S1 = torch.tensor(piece.positions, device=key_ST.device).unsqueeze(1)
+    query_SQ1 = (positions_S1 + torch.arange(piece.num_queries, device=key_ST.device)).unsqueeze(2)
+    hidden_SQT = key_ST.unsqueeze(1) > query_SQ1
+    if rule.window is not None:
+        hidden_SQT |= key_ST.unsqueeze(1) <= query_SQ1 - rule.window
+    return hidden_SQT
 
 
 def _ruled(scores_SNQT: torch.Tensor, key_ST: torch.Tensor, last_S1: torch.Tensor, rule: ScoreRule) -> torch.Tensor:

@@ -67,6 +67,39 @@ def centred_codes(
 
 
 @triton.jit
+def codes_of_step(
+    low_words,
+    high_words,
+    zero_points,
+    step,
+    group,
+    row_blocks,
+    zero_point,
+    ones,
+    dtype: tl.constexpr,
+    BITS: tl.constexpr,
+    HAS_ZERO_POINTS: tl.constexpr,
+    STEP_BLOCKS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """Return codes less zero points `[BLOCK_O, columns of a step]` for the rows of this program, read only once."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    first_row = tl.program_id(0) * BLOCK_O
+    rows = first_row + tl.arange(0, BLOCK_O)
+    blocks = (step * STEP_BLOCKS + tl.arange(0, STEP_BLOCKS))[:, None] * (row_blocks * BLOCK_O)
+    words = first_row * WIDTH + tl.arange(0, BLOCK_O * WIDTH)
+    low = tl.load(low_words + blocks * WIDTH + words[None, :], eviction_policy="evict_first")
+    high = low
+    if BITS == 3:
+        high = tl.load(high_words + blocks + rows[None, :], eviction_policy="evict_first")
+    # A zero point of 1 is a constant here, and constants have no dtype.
+    centre = tl.zeros([1, 1, 1], tl.int32) + zero_point
+    if HAS_ZERO_POINTS:
+        centre = tl.load(zero_points + group * (row_blocks * BLOCK_O) + rows).to(tl.int32)[:, None, None]
+    return centred_codes(low, high, centre, ones, dtype, BITS, BLOCK_O, STEP_BLOCKS)
+
+
+@triton.jit
 def matrix_partials(
     x,
     low_words,
@@ -94,39 +127,38 @@ def matrix_partials(
     Weights are the left operand: on sm_90 they go from registers to the matrix unit, and tokens are filled up to 16
     only. A step lies in one group, so that a scale multiplies float32 sums of exact products.
     """
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     num_rows = row_blocks * BLOCK_O
-    first_row = tl.program_id(0) * BLOCK_O
-    rows = first_row + tl.arange(0, BLOCK_O)
+    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     tokens = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     split = tl.program_id(2)
     is_token = tokens < num_tokens
-    block_of_step = tl.arange(0, STEP_BLOCKS)
-    low_of_block = first_row * WIDTH + tl.arange(0, BLOCK_O * WIDTH)
     column_of_step = tl.arange(0, STEP_BLOCKS * 32)
     total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
     first = split * steps_per_split
     for step in range(first, tl.minimum(first + steps_per_split, num_steps)):
         group = step // steps_per_group
         step_size = tl.load(scale + group * num_rows + rows).to(tl.float32)
-        blocks = step * STEP_BLOCKS + block_of_step
         inputs = tl.load(
             x + tokens[None, :] * (num_steps * STEP_BLOCKS * 32) + (step * STEP_BLOCKS * 32 + column_of_step)[:, None],
             mask=is_token[None, :],
             other=0.0,
             eviction_policy="evict_last",
         )
-        low = tl.load(
-            low_words + blocks[:, None] * (num_rows * WIDTH) + low_of_block[None, :], eviction_policy="evict_first"
+        codes = codes_of_step(
+            low_words,
+            high_words,
+            zero_points,
+            step,
+            group,
+            row_blocks,
+            zero_point,
+            ones,
+            x.dtype.element_ty,
+            BITS,
+            HAS_ZERO_POINTS,
+            STEP_BLOCKS,
+            BLOCK_O,
         )
-        high = low
-        if BITS == 3:
-            high = tl.load(high_words + blocks[:, None] * num_rows + rows[None, :], eviction_policy="evict_first")
-        # A zero point of 1 is a constant here, and constants have no dtype.
-        centre = tl.zeros([1, 1, 1], tl.int32) + zero_point
-        if HAS_ZERO_POINTS:
-            centre = tl.load(zero_points + group * num_rows + rows).to(tl.int32)[:, None, None]
-        codes = centred_codes(low, high, centre, ones, x.dtype.element_ty, BITS, BLOCK_O, STEP_BLOCKS)
         total += step_size[:, None] * tl.dot(codes, inputs)
     target = partial + (split * num_tokens + tokens)[None, :] * out_features + rows[:, None]
     tl.store(target, total, mask=(rows < out_features)[:, None] & is_token[None, :])
@@ -151,22 +183,25 @@ def dense_rows(
     BLOCK_O: tl.constexpr,
 ):
     """Write to `dense [O, I]` the weight, multiplied in float32 and then rounded: grid `(rows, steps)`."""
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     num_rows = row_blocks * BLOCK_O
-    first_row = tl.program_id(0) * BLOCK_O
-    rows = first_row + tl.arange(0, BLOCK_O)
+    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     step = tl.program_id(1)
     group = step // steps_per_group
-    blocks = step * STEP_BLOCKS + tl.arange(0, STEP_BLOCKS)
-    low_of_block = first_row * WIDTH + tl.arange(0, BLOCK_O * WIDTH)
-    low = tl.load(low_words + blocks[:, None] * (num_rows * WIDTH) + low_of_block[None, :])
-    high = low
-    if BITS == 3:
-        high = tl.load(high_words + blocks[:, None] * num_rows + rows[None, :])
-    centre = tl.zeros([1, 1, 1], tl.int32) + zero_point
-    if HAS_ZERO_POINTS:
-        centre = tl.load(zero_points + group * num_rows + rows).to(tl.int32)[:, None, None]
-    codes = centred_codes(low, high, centre, ones, dense.dtype.element_ty, BITS, BLOCK_O, STEP_BLOCKS)
+    codes = codes_of_step(
+        low_words,
+        high_words,
+        zero_points,
+        step,
+        group,
+        row_blocks,
+        zero_point,
+        ones,
+        dense.dtype.element_ty,
+        BITS,
+        HAS_ZERO_POINTS,
+        STEP_BLOCKS,
+        BLOCK_O,
+    )
     step_size = tl.load(scale + group * num_rows + rows).to(tl.float32)
     columns = step * STEP_BLOCKS * 32 + tl.arange(0, STEP_BLOCKS * 32)
     target = dense + rows.to(tl.int64)[:, None] * in_features + columns[None, :]

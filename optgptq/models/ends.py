@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from optgptq.models.attention import AttentionContext
+from optgptq.models.linear import LinearLike
 from optgptq.models.norm import Norm
 from optgptq.models.spec import DecoderSpec
 
@@ -52,13 +53,13 @@ class Head:
 
     Attributes:
         spec: the model.
-        weight_VE: `[V, E]`, the embedding's own tensor where it is tied.
+        project: `[..., E] -> [..., V]`; its weight is the embedding's own tensor where it is tied.
         norm: or None.
         project_out_EM: `[E, M]` or None.
     """
 
     spec: DecoderSpec
-    weight_VE: torch.Tensor
+    project: LinearLike
     norm: Norm | None = None
     project_out_EM: torch.Tensor | None = None
 
@@ -67,7 +68,7 @@ class Head:
         hidden = hidden_BSM if self.norm is None else self.norm(hidden_BSM)
         if self.project_out_EM is not None:
             hidden = F.linear(hidden, self.project_out_EM)
-        logits = F.linear(hidden, self.weight_VE).float()
+        logits = self.project(hidden).float()
         if self.spec.logit_scale is not None:
             logits = logits.mul_(self.spec.logit_scale)
         if self.spec.logit_softcap is not None:

@@ -64,7 +64,7 @@ def load_head(
         weight_VE = _read_tokens(folder, spec, read)
     return Head(
         spec=spec,
-        weight_VE=weight_VE,
+        project=Linear(weight_VE),
         norm=_load_norm(read, spec, names.final_norm, spec.hidden_size),
         project_out_EM=read(f"{names.project_out}.weight", (spec.embedding_size, spec.hidden_size))
         if names.project_out

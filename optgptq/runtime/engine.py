@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from math import isnan
 
 import torch
 
@@ -12,6 +13,7 @@ from optgptq.data.tokenizer import Tokenizer
 from optgptq.errors import OptGPTQError, UsageError
 from optgptq.models.decoder import Decoder
 from optgptq.runtime.engine_settings import EngineSettings
+from optgptq.runtime.prompt_tokens import Prompt, prompt_token_ids
 from optgptq.runtime.results import GenerationResult, Piece
 from optgptq.runtime.sampler import sample
 from optgptq.runtime.sampling_records import SampledToken
@@ -81,7 +83,7 @@ class Engine:
 
     def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         *,
         request_id: str | None = None,
@@ -103,7 +105,7 @@ class Engine:
 
         Raises:
             UsageError: an empty prompt, token ids that the model does not have, a prompt longer than the model, text
-                without a tokenizer, an id in use.
+                without a tokenizer, an id in use, a timeout that is not a number.
             CapacityError: longer than the memory allows, or the queue is full.
         """
         number = self._num_submitted
@@ -113,9 +115,9 @@ class Engine:
             raise UsageError(
                 f"request {name}", expected="a new id", found="one in use", action="Choose another request_id."
             )
-        prompt_ids = tuple(self._encode(prompt, name))
-        _check_ids(prompt_ids, name, self.decoder.spec.vocab_size)
-        params.check_against(self.decoder.spec.vocab_size)
+        vocab_size = self.decoder.spec.vocab_size
+        prompt_ids = prompt_token_ids(prompt, self.tokenizer, where=f"request {name}", vocab_size=vocab_size)
+        params.check_against(vocab_size)
         now = self._clock()
         request = Request(
             request_id=name,
@@ -123,7 +125,7 @@ class Engine:
             params=params,
             priority=priority,
             arrival=now,
-            deadline=None if timeout_seconds is None else now + timeout_seconds,
+            deadline=None if timeout_seconds is None else now + _seconds(timeout_seconds, name),
             salt=salt + self.runner.prompt_salt(len(prompt_ids)),
         )
         texts = self.scheduler.submit(request)
@@ -143,40 +145,35 @@ class Engine:
             self._settle(state)
 
     def step(self) -> list[Piece]:
-        """Run one step and return what it adds to the texts of requests that stream."""
+        """Run one step and return what it adds to the texts of requests that stream.
+
+        Raises:
+            Exception: what the model raised; the requests of this step are gone, the others can go on.
+        """
         step = self.scheduler.schedule(self._clock())
-        touched = {text.request.request_id for text in step.ended}
-        if step.parts:
+        pieces = self._settle_all(step.ended)
+        if not step.parts:
+            return pieces
+        try:
             outcomes = self._sample(step, self.runner.run(step))
-            for text, outcome in zip(step.sampled, outcomes, strict=True):
-                if outcome.error is not None:
-                    self._fail(text, outcome.error)
-            self.scheduler.complete(step, [outcome.token_id for outcome in outcomes])
-            now = self._clock()
-            for text, outcome in zip(step.sampled, outcomes, strict=True):
-                if outcome.error is None and not text.is_finished:
-                    self._add(text, outcome, now)
-                touched.add(text.request.request_id)
-        pieces = []
-        for name in sorted(touched & self._states.keys()):
-            pieces += self._settle(self._states[name])
-        return pieces
+        except BaseException:
+            self._abandon(step)
+            raise
+        # A logits processor may have cancelled requests of this very step.
+        for text, outcome in zip(step.sampled, outcomes, strict=True):
+            if outcome.error is not None and not text.is_finished:
+                self._fail(text, outcome.error)
+        self.scheduler.complete(step, [outcome.token_id for outcome in outcomes])
+        now = self._clock()
+        for text, outcome in zip(step.sampled, outcomes, strict=True):
+            if not text.is_finished:
+                self._add(text, outcome, now)
+        return pieces + self._settle_all(step.sampled)
 
     def take_results(self) -> list[tuple[str, GenerationResult]]:
         """Return ids and results of the requests that have ended since the last call."""
         results, self._results = self._results, {}
         return list(results.items())
-
-    def _encode(self, prompt: str | Sequence[int], name: str) -> Sequence[int]:
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        if self.tokenizer is None:
-            raise UsageError(
-                f"request {name}", expected="token ids", found="text, and no tokenizer", action="Give token ids."
-            )
-        ids = self.tokenizer.encode(prompt)
-        bos = self.tokenizer.bos_token_id
-        return [bos, *ids] if self.tokenizer.adds_bos and bos is not None else ids
 
     def _seed(self, params: SamplingParams, number: int) -> int:
         if params.seed is not None:
@@ -213,6 +210,18 @@ class Engine:
         self._states[name].error = error
         self.scheduler.cancel(name, "error")
 
+    def _abandon(self, step: Step) -> None:
+        """Drop the requests of a step that failed, so that the scheduler can go on with the others."""
+        for name in {part.sequence.request.request_id for part in step.parts}:
+            self.scheduler.cancel(name, "error")
+            self._states.pop(name, None)
+        self.scheduler.complete(step, [0] * len(step.sampled))
+
+    def _settle_all(self, texts: Iterable[Text]) -> list[Piece]:
+        """Settle the requests of these texts, in order, but for those that are settled already."""
+        names = dict.fromkeys(text.request.request_id for text in texts)
+        return [piece for name in names if name in self._states for piece in self._settle(self._states[name])]
+
     def _settle(self, state: RequestState) -> list[Piece]:
         """Give out what a request's texts have to show; where all have ended, make its result."""
         pieces = [piece for text in state.texts for piece in text.take_pieces()]
@@ -223,18 +232,15 @@ class Engine:
         return pieces
 
 
-def _check_ids(prompt_ids: Sequence[int], name: str, vocab_size: int) -> None:
-    if prompt_ids and not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
-        bad = max(prompt_ids) if max(prompt_ids) >= vocab_size else min(prompt_ids)
+def _seconds(timeout: float, name: str) -> float:
+    if isnan(timeout):
         raise UsageError(
-            f"request {name}",
-            expected=f"token ids from 0 to {vocab_size - 1}",
-            found=str(bad),
-            action="Use the tokenizer that belongs to the model.",
+            f"request {name}", expected="a timeout in seconds", found="NaN", action="Give timeout_seconds a number."
         )
+    return timeout
 
 
-def failure_result(request_id: str, prompt: str | Sequence[int], error: OptGPTQError) -> GenerationResult:
+def failure_result(request_id: str, prompt: Prompt, error: OptGPTQError) -> GenerationResult:
     """Return the result of a request that was refused."""
     is_text = isinstance(prompt, str)
     return GenerationResult(

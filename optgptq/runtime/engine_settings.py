@@ -52,14 +52,14 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         _require(self.page_size >= 8 and self.page_size % 8 == 0, "page_size", "a multiple of 8", self.page_size)
-        for name in ("max_length", "max_step_tokens", "max_running", "max_waiting", "kv_cache_bytes"):
-            value = {
-                "max_length": self.max_length,
-                "max_step_tokens": self.max_step_tokens,
-                "max_running": self.max_running,
-                "max_waiting": self.max_waiting,
-                "kv_cache_bytes": self.kv_cache_bytes,
-            }[name]
+        counts = {
+            "max_length": self.max_length,
+            "max_step_tokens": self.max_step_tokens,
+            "max_running": self.max_running,
+            "max_waiting": self.max_waiting,
+            "kv_cache_bytes": self.kv_cache_bytes,
+        }
+        for name, value in counts.items():
             _require(value is None or value >= 1, name, "at least 1", value)
         _require(self.max_length != 1, "max_length", "at least 2: a token to read and one to write", self.max_length)
         _require(
@@ -72,7 +72,7 @@ class EngineSettings:
         _require(share is None or 0 < share <= 1, "memory_share", "more than 0 and at most 1", share)
         _require(0 <= self.watermark_ratio < 1, "watermark_ratio", "0 or more and below 1", self.watermark_ratio)
         _require(self.aging_steps >= 1, "aging_steps", "at least 1", self.aging_steps)
-        _require(0 <= self.seed < 1 << 62, "seed", "an integer from 0 to 2**62", self.seed)
+        _require(0 <= self.seed < 1 << 62, "seed", "an integer from 0 to 2**62 - 1", self.seed)
 
     def memory_share_of(self, device_type: str) -> float:
         """Return the share of a device's free memory that keys and values may take."""

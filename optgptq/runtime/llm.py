@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, SupportsIndex, cast
 
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.hub import resolve_model
@@ -17,12 +17,11 @@ from optgptq.runtime.device import require_device, run_dtype
 from optgptq.runtime.engine import Engine, failure_result
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.load import HeldWeights, load_model
-from optgptq.runtime.results import GenerationResult
+from optgptq.runtime.prompt_tokens import Prompt
+from optgptq.runtime.results import GenerationResult, Piece
 from optgptq.scheduling.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -95,6 +94,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
+        on_result: Callable[[int, GenerationResult], None] | None = None,
+        on_piece: Callable[[int, Piece], None] | None = None,
     ) -> list[GenerationResult]:
         """Continue prompts and return one result for each, in order.
 
@@ -105,11 +106,15 @@ class LLM:
                 are.
             sampling_params: for all prompts, or one for each; None for the defaults of `SamplingParams`.
             progress: called with texts done and asked for, after each step that ends one.
+            on_result: called with the number of a prompt, from 0, and its result, as soon as it is there.
+            on_piece: called with the number of a prompt and what was added to its text, after each step.
 
         Raises:
             UsageError: not as many sampling parameters as prompts.
         """
-        return generate(self.engine, prompts, sampling_params, progress=progress)
+        return generate(
+            self.engine, prompts, sampling_params, progress=progress, on_result=on_result, on_piece=on_piece
+        )
 
 
 def generate(
@@ -118,27 +123,30 @@ def generate(
     sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
+    on_result: Callable[[int, GenerationResult], None] | None = None,
+    on_piece: Callable[[int, Piece], None] | None = None,
 ) -> list[GenerationResult]:
     """Continue prompts on an engine that has nothing else to do; see `LLM.generate`."""
     several = _prompt_list(prompts)
     params = _params_list(sampling_params, len(several))
-    names: list[str | None] = []
     results: dict[int, GenerationResult] = {}
-    for index, (prompt, one) in enumerate(zip(several, params, strict=True)):
-        try:
-            names.append(engine.submit(prompt, one))
-        except OptGPTQError as error:
-            names.append(None)
-            results[index] = failure_result(f"prompt {index + 1}", prompt, error)
-    waiting = {name: index for index, name in enumerate(names) if name is not None}
+    waiting: dict[str, int] = {}
+
+    def take(index: int, result: GenerationResult) -> None:
+        results[index] = result
+        if on_result is not None:
+            on_result(index, result)
+
     try:
-        while waiting:
-            engine.step()
-            for name, result in engine.take_results():
-                if name in waiting:
-                    results[waiting.pop(name)] = result
-                    if progress is not None:
-                        progress(len(several) - len(waiting), len(several))
+        for index, (prompt, one) in enumerate(zip(several, params, strict=True)):
+            try:
+                waiting[engine.submit(prompt, one, stream=on_piece is not None)] = index
+            except OptGPTQError as error:
+                take(index, failure_result(f"prompt {index + 1}", prompt, error))
+        for index, result in _ended(engine, waiting, on_piece):
+            take(index, result)
+            if progress is not None:
+                progress(len(several) - len(waiting), len(several))
     finally:
         # Ctrl-C, or an error of the model: nothing of this call is left behind.
         for name in waiting:
@@ -150,14 +158,25 @@ def generate(
     return [results[index] for index in range(len(several))]
 
 
+def _ended(
+    engine: Engine, waiting: dict[str, int], on_piece: Callable[[int, Piece], None] | None
+) -> Iterator[tuple[int, GenerationResult]]:
+    """Run steps until nothing of `waiting` is left, and yield what ends, which is taken out of it."""
+    while waiting:
+        for piece in engine.step():
+            if on_piece is not None and piece.request_id in waiting:
+                on_piece(waiting[piece.request_id], piece)
+        for name, result in engine.take_results():
+            if name in waiting:
+                yield waiting.pop(name), result
+
+
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return the prompts; a string is one, and so is a list of numbers."""
+    """Return the prompts; a string is one, and so is what begins with a number."""
     if isinstance(prompts, str):
         return [prompts]
-    single = [token for token in prompts if isinstance(token, int)]
-    if single:
-        return [single]
-    return [prompt for prompt in prompts if not isinstance(prompt, int)]
+    is_one = len(prompts) > 0 and isinstance(prompts[0], SupportsIndex)
+    return [cast(Sequence[int], prompts)] if is_one else list(cast(Sequence[Prompt], prompts))
 
 
 def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -67,6 +67,7 @@ def load_model(
         if weights == "quantized":
             kind, choice = HELD_KINDS[type(weight)], kernels.of(type(weight))
             if kind.fits(weight, choice):
+                kernels.say(choice)
                 held = kind.hold(weight, choice, kernels.device)
                 return QuantLinear(weight=held, bias_O=bias_O, kernel=choice.call)
             unfit.append((name, kind.parts))
@@ -88,23 +89,26 @@ def load_model(
 
 @dataclass(slots=True, kw_only=True)
 class _Kernels:
-    """The kernel of each kind of weight in a model, chosen and logged when the first weight of that kind appears."""
+    """The kernel of each kind of weight in a model, chosen once, and logged when it has a weight to multiply with."""
 
     device: torch.device
     dtype: torch.dtype
     replacement: Matmul[Any] | None
     chosen: dict[type, KernelChoice[Any]] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
 
     def of(self, kind: type) -> KernelChoice[Any]:
         if kind not in self.chosen:
             choice = HELD_KINDS[kind].choose(self.device, self.dtype)
-            if self.replacement is not None:
-                choice = replace(choice, call=self.replacement)
-            else:
-                level = logging.WARNING if choice.is_makeshift else logging.INFO
-                logger.log(level, "%s kernel for quantized linears: %s", choice.name, choice.reason)
-            self.chosen[kind] = choice
+            self.chosen[kind] = choice if self.replacement is None else replace(choice, call=self.replacement)
         return self.chosen[kind]
+
+    def say(self, choice: KernelChoice[Any]) -> None:
+        if self.replacement is not None or choice.operation in self.said:
+            return
+        self.said.add(choice.operation)
+        level = logging.WARNING if choice.is_makeshift else logging.INFO
+        logger.log(level, "%s kernel for quantized linears: %s", choice.name, choice.reason)
 
 
 def _require_known(folder: CheckpointFolder, layouts: dict[str, LinearLayout], linears: dict[str, LinearInfo]) -> None:

@@ -20,7 +20,7 @@ from optgptq.models.spec import DecoderSpec, RopeSpec
 from optgptq.runtime.graphs import Capture, DecodeGraphs
 from optgptq.runtime.page_pool import PagePool
 from optgptq.runtime.row_blocks import block_parts, find_block_size
-from optgptq.runtime.step_batch import StepBatch, StepTables
+from optgptq.runtime.step_batch import StepBatch, StepTables, token_batches
 from optgptq.scheduling.step import Step, StepPart
 
 
@@ -32,13 +32,22 @@ class PagedAttend:
         pool: the pages.
         rules: how scores are made, for each decoder layer.
         attention: the kernels.
-        groups: the step's batches, one for each group of pages; set before each step.
+        by_token: attend for each token alone, as kernels need whose rows depend on each other.
+        groups: the step's batches, one for each group of pages; see `take`.
+        tokens: with `by_token`, each of these as one batch for each token.
     """
 
     pool: PagePool
     rules: tuple[ScoreRule, ...]
     attention: AttentionChoice
+    by_token: bool = False
     groups: tuple[PagedBatch, ...] = ()
+    tokens: tuple[tuple[PagedBatch, ...], ...] = ()
+
+    def take(self, groups: tuple[PagedBatch, ...]) -> None:
+        """Attend to this step from now on."""
+        self.groups = groups
+        self.tokens = tuple(token_batches(group) for group in groups) if self.by_token else ()
 
     def __call__(
         self,
@@ -50,11 +59,19 @@ class PagedAttend:
         /,
     ) -> torch.Tensor:
         """Return attention `[1, N, T, D]` of the step's new tokens."""
-        pages = self.pool.layers[layer_index]
-        batch = self.groups[self.pool.group_of_layer[layer_index]]
+        pages, rule = self.pool.layers[layer_index], self.rules[layer_index]
+        number = self.pool.group_of_layer[layer_index]
+        batch = self.groups[number]
         storages = (pages.keys_ZKDY, pages.values_ZKYD)
+        query_TND = query_BNSD[0].transpose(0, 1)
         self.attention.store(key_BKSD[0].transpose(0, 1), value_BKSD[0].transpose(0, 1), *storages, batch.slot_T)
-        output_TND = self.attention.attend(query_BNSD[0].transpose(0, 1), *storages, batch, self.rules[layer_index])
+        if self.by_token:
+            alone = enumerate(self.tokens[number])
+            output_TND = torch.cat(
+                [self.attention.attend(query_TND[row : row + 1], *storages, token, rule) for row, token in alone]
+            )
+        else:
+            output_TND = self.attention.attend(query_TND, *storages, batch, rule)
         return output_TND.transpose(0, 1).unsqueeze(0)
 
 
@@ -120,7 +137,12 @@ class Runner:
         spec, device, plan = decoder.spec, decoder.device, pool.plan
         runner = cls(
             decoder=decoder,
-            attend=PagedAttend(pool=pool, rules=score_rules(spec, device), attention=attention),
+            attend=PagedAttend(
+                pool=pool,
+                rules=score_rules(spec, device),
+                attention=attention,
+                by_token=deterministic and not attention.rows_are_independent,
+            ),
             tables=StepTables(spec=spec, num_groups=len(plan.groups), page_size=plan.page_size, device=device),
             frequencies={
                 rope: inverse_frequencies(rope, num_positions=1).to(device)
@@ -140,12 +162,12 @@ class Runner:
         return runner
 
     def prompt_salt(self, num_prompt_tokens: int) -> bytes:
-        """Return what cached pages of a prompt depend on besides its tokens.
+        """Return what cached pages of a prompt depend on besides its tokens, always 8 bytes.
 
-        With `dynamic` rotary frequencies that is its length, once it exceeds what the model was made for.
+        With `dynamic` rotary frequencies that is its length, once it exceeds what the model was made for; else nothing.
         """
         limits = [rope.max_position for rope in self.decoder.spec.ropes if rope.kind == "dynamic"]
-        return num_prompt_tokens.to_bytes(8, "little") if limits and num_prompt_tokens > min(limits) else b""
+        return (num_prompt_tokens if limits and num_prompt_tokens > min(limits) else 0).to_bytes(8, "little")
 
     @torch.inference_mode()
     def run(self, step: Step) -> torch.Tensor:
@@ -163,7 +185,7 @@ class Runner:
         return self.decoder.head.logits(self._hidden(batch)[0, batch.last_rows])
 
     def _hidden(self, batch: StepBatch) -> torch.Tensor:
-        self.attend.groups = batch.groups
+        self.attend.take(batch.groups)
         positions, dtype = batch.position_T, self.decoder.dtype
         tables = {
             rope: table_of(rope, positions, self.frequencies[rope], dtype=dtype)

@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from optgptq.errors import UsageError
 from optgptq.kernels.attention_choice import choose_attention
 from optgptq.memory import available_memory_bytes
 from optgptq.models.decoder import Decoder
@@ -15,6 +16,7 @@ from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.fused_linears import fuse_linears
 from optgptq.runtime.graphs import capture_on_device
 from optgptq.runtime.memory_plan import MemoryPlan, plan_memory
+from optgptq.runtime.packed_linears import pack_linears
 from optgptq.runtime.page_pool import PagePool
 from optgptq.runtime.runner import Runner
 from optgptq.scheduling.settings import PageGroup, SchedulerSettings
@@ -26,12 +28,14 @@ _UNKNOWN_MEMORY_BYTES = 4 << 30
 
 
 def start_runner(decoder: Decoder, settings: EngineSettings) -> tuple[Runner, SchedulerSettings]:
-    """Return a runner and what its scheduler has to know. The decoder's linears are fused in place.
+    """Return a runner and what its scheduler has to know. The decoder's linears are fused and packed in place.
 
     Raises:
+        UsageError: a `max_length` beyond the model's table of positions.
         CapacityError: not even one text fits into the memory.
     """
     spec, device = decoder.spec, decoder.device
+    _require_positions(spec, settings.max_length)
     running = settings.running(device.type)
     step_tokens = settings.step_tokens(device.type)
     plan = plan_memory(
@@ -48,14 +52,26 @@ def start_runner(decoder: Decoder, settings: EngineSettings) -> tuple[Runner, Sc
     level = logging.WARNING if attention.is_makeshift else logging.INFO
     logger.log(level, "%s kernel for attention: %s", attention.name, attention.reason)
     pool = PagePool.allocate(plan, spec, dtype=decoder.dtype, device=device)
+    fused = fuse_linears(decoder)
+    pack_linears(fused)
     runner = Runner.start(
-        fuse_linears(decoder),
+        fused,
         pool,
         attention,
         deterministic=settings.deterministic,
         capture=capture_on_device if device.type == "cuda" and settings.graphs else None,
     )
     return runner, scheduler_settings(plan, spec, settings, step_tokens=step_tokens, max_running=running)
+
+
+def _require_positions(spec: DecoderSpec, max_length: int | None) -> None:
+    if max_length is not None and spec.position_limit is not None and max_length > spec.position_limit:
+        raise UsageError(
+            "max_length",
+            expected=f"at most {spec.position_limit}, the rows of the model's position table",
+            found=str(max_length),
+            action="Change this setting of the engine, or leave it out.",
+        )
 
 
 def scheduler_settings(

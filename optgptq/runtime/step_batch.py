@@ -149,6 +149,25 @@ def _update(row: _TableRow, *, first: int) -> None:
     row.count = size
 
 
+def token_batches(batch: PagedBatch) -> tuple[PagedBatch, ...]:
+    """Return a batch of one token for each token of a batch; each sees the keys up to its own."""
+    starts, contexts = batch.query_start_R1.tolist(), batch.context_R.tolist()
+    device, tokens = batch.slot_T.device, []
+    for row, (begin, end, context) in enumerate(zip(starts[:-1], starts[1:], contexts, strict=True)):
+        for token in range(begin, end):
+            length = context - (end - 1 - token)
+            single = PagedBatch(
+                query_start_R1=torch.tensor([0, 1], dtype=torch.int32, device=device),
+                context_R=torch.tensor([length], dtype=torch.int32, device=device),
+                page_table_RP=batch.page_table_RP[row : row + 1],
+                slot_T=batch.slot_T[token : token + 1],
+                max_query=1,
+                max_context=length,
+            )
+            tokens.append(single)
+    return tuple(tokens)
+
+
 def rope_lengths(spec: DecoderSpec, parts: ListLike[StepPart]) -> _Numbers | None:
     """Return for each token the length of text that its rotary frequencies depend on; None where they depend on none.
 

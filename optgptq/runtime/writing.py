@@ -121,9 +121,9 @@ class TextState:
 
     def _rest(self) -> str:
         """Return the text that is not written yet."""
-        if self.is_closed or self.detokenizer is None:
+        was_closed, self.is_closed = self.is_closed, True
+        if was_closed or self.detokenizer is None:
             return ""
-        self.is_closed = True
         if self._is_eager:
             return self.stops.add(self.detokenizer.finish(), may_stop=False).text + self.stops.finish()
         ids = self.text.output_ids

@@ -54,6 +54,32 @@ def test_text_is_that_of_transformers(tmp_path: Path, template: str) -> None:
     assert load_tokenizer(folder).render_chat(MESSAGES) == expected
 
 
+@pytest.mark.parametrize("template", [CHATML, LLAMA, BLOCKS])
+def test_a_text_to_answer_is_that_of_transformers(tmp_path: Path, template: str) -> None:
+    from transformers import AutoTokenizer
+
+    folder = with_template(tmp_path, template)
+    reference = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    expected = reference.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
+    rendered = load_tokenizer(folder).render_chat(MESSAGES[:1], add_generation_prompt=True)
+    assert rendered == expected
+    assert rendered.endswith("<|im_start|>assistant\n") == (template == CHATML)
+
+
+def test_what_to_do_is_said_for_prompts_too(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "none"))
+    with pytest.raises(TextError) as caught:
+        tokenizer.render_chat(MESSAGES, add_generation_prompt=True)
+    assert caught.value.action == "Give prompts as plain text, or add the template."
+    refusing = load_tokenizer(with_template(tmp_path / "refusing", "{{ raise_exception('no') }}"))
+    with pytest.raises(TextError) as caught:
+        refusing.render_chat(MESSAGES, add_generation_prompt=True)
+    assert caught.value.action.startswith("Check the roles of the messages")
+    with pytest.raises(TextError) as caught:
+        refusing.render_chat([], add_generation_prompt=True)
+    assert caught.value.action == "Give messages as objects with role and content."
+
+
 def test_a_template_file_wins_over_the_configuration(tmp_path: Path) -> None:
     folder = with_template(tmp_path, "from the configuration")
     assert load_tokenizer(folder).render_chat(MESSAGES) == "from the configuration"

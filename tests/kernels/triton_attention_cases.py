@@ -39,7 +39,7 @@ RULES = {
     "all": ScoreRule(scale=0.2, window=70, softcap=3.0, slopes_N=SLOPES, alibi_scale=0.7, sinks_N=SINKS),
 }
 LENGTHS = (1, 5, 16, 17, 77, 130)
-MIX: list[Part] = [(0, 0, 1), (5, 120, 130), (1, 0, 5), (2, 15, 16), (3, 3, 17), (4, 76, 77)]
+MIX: list[Part] = [(0, 0, 1), (5, 127, 130), (1, 3, 5), (2, 15, 16), (3, 14, 17), (4, 76, 77)]
 TOLERANCES = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -68,8 +68,12 @@ def _line(operand: Any, row: int) -> Any:
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is never written, or read where it should not be, shows up as NaN."""
     new_empty, empty = torch.Tensor.new_empty, torch.empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *sizes, **kinds: new_empty(*sizes, **kinds).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty", lambda *sizes, **kinds: empty(*sizes, **kinds).fill_(torch.nan))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *sizes, **kinds: _poisoned(new_empty(*sizes, **kinds)))
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **kinds: _poisoned(empty(*sizes, **kinds)))
+
+
+def _poisoned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
 
 def attend(step: PagedStep, rule: ScoreRule) -> torch.Tensor:
@@ -91,10 +95,17 @@ def mixed_texts(dtype: torch.dtype, window: int | None, **sizes: int) -> PagedTe
     return paged_texts(LENGTHS, **wanted, dtype=dtype, window=window)
 
 
-@pytest.mark.parametrize("split", [True, False], ids=["split", "not split"])
-@pytest.mark.parametrize("name", RULES)
-def test_every_rule_in_a_mixed_step_of_several_segments(name, split, monkeypatch):
+@pytest.fixture
+def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "SEGMENT", 64)
+    monkeypatch.setattr(triton_attention, "JOINED_TOGETHER", 2)
+
+
+@pytest.mark.usefixtures("_short_segments")
+@pytest.mark.parametrize(
+    ("name", "split"), [*((name, True) for name in RULES), ("plain", False), ("window", False), ("all", False)]
+)
+def test_every_rule_in_a_mixed_step_of_several_segments(name, split, monkeypatch):
     monkeypatch.setattr(triton_attention, "TARGET_PROGRAMS", 1024 if split else 0)
     rule = RULES[name]
     check(mixed_texts(torch.float32, rule.window), MIX, rule, torch.float32)
@@ -113,7 +124,7 @@ def test_every_rule_in_a_mixed_step_of_several_segments(name, split, monkeypatch
     ],
 )
 def test_groups_head_sizes_and_pages(num_heads, num_kv_heads, head_dim, page_size, dtype):
-    """A group of 7 or 20 fills no tile; features of 10, 80 and 96 are padded; a page is 24 or 128 keys of a tile of 64."""
+    """Groups of 7 and 20 fill no tile, features of 10, 80 and 96 are padded, pages of 24 and 128 are no part of one."""
     texts = mixed_texts(
         dtype, None, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size
     )
@@ -125,22 +136,22 @@ def test_segments_as_they_are():
     check(texts, [(0, 297, 300), (1, 256, 257)], ScoreRule(scale=0.3), torch.float16)
 
 
-@pytest.mark.parametrize("window", [None, 30])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_row_does_not_depend_on_cut_batch_or_division(window, dtype, monkeypatch):
-    monkeypatch.setattr(triton_attention, "SEGMENT", 64)
-    rule = ScoreRule(scale=0.5, window=window, slopes_N=SLOPES, sinks_N=SINKS)
-    texts = mixed_texts(dtype, window)
-    whole = attend(texts.step([(5, 0, 130)]).to("cpu", dtype), rule)
-    monkeypatch.setattr(triton_attention, "TARGET_PROGRAMS", 0)
-    assert torch.equal(attend(texts.step([(5, 0, 130)]).to("cpu", dtype), rule), whole)
+@pytest.mark.usefixtures("_short_segments")
+@pytest.mark.parametrize(("dtype", "window"), [(torch.float16, None), (torch.bfloat16, 30)])
+def test_a_row_does_not_depend_on_cut_batch_or_division(dtype, window, monkeypatch):
+    rule = ScoreRule(scale=0.5, window=window, slopes_N=SLOPES[:2], sinks_N=SINKS[:2])
+    texts = mixed_texts(dtype, window, num_heads=2, num_kv_heads=1)
+
+    def rows(parts: Sequence[Part], *, split: bool) -> torch.Tensor:
+        monkeypatch.setattr(triton_attention, "TARGET_PROGRAMS", 1024 if split else 0)
+        return attend(texts.step(parts).to("cpu", dtype), rule)
+
+    whole = rows([(5, 0, 130)], split=False)
     for begin, end in ((129, 130), (63, 65), (100, 117)):
-        others: list[Part] = [(4, 60, 77), (5, begin, end), (1, 4, 5)]
-        for target in (0, 1024):
-            monkeypatch.setattr(triton_attention, "TARGET_PROGRAMS", target)
-            assert torch.equal(attend(texts.step([(5, begin, end)]).to("cpu", dtype), rule), whole[begin:end])
-            batched = attend(texts.step(others).to("cpu", dtype), rule)
-            assert torch.equal(batched[17 : 17 + end - begin], whole[begin:end])
+        for split in (True, False):
+            assert torch.equal(rows([(5, begin, end)], split=split), whole[begin:end])
+        batched = rows([(4, 75, 77), (5, begin, end), (1, 4, 5)], split=True)
+        assert torch.equal(batched[2:-1], whole[begin:end])
 
 
 def test_padded_rows_and_unused_entries_change_nothing():
@@ -164,12 +175,18 @@ def test_padded_rows_and_unused_entries_change_nothing():
 
 
 def test_more_sequences_than_one_step_of_the_search():
-    texts = paged_texts((9,), num_heads=1, num_kv_heads=1, head_dim=16, page_size=8, dtype=torch.float16)
-    parts: list[Part] = [(0, place % 9, place % 9 + 1) for place in range(135)]
-    step, rule = texts.step(parts).to("cpu", torch.float16), ScoreRule(scale=0.4)
-    output = attend(step, rule)
-    whole = attend(texts.step([(0, 0, 9)]).to("cpu", torch.float16), rule)
-    assert torch.equal(output, whole.repeat(15, 1, 1))
+    """Most of them without new tokens."""
+    texts, rule = mixed_texts(torch.float16, None, num_heads=1, num_kv_heads=1), ScoreRule(scale=0.4)
+    step = texts.step([(1, 4, 5), (3, 14, 17)]).to("cpu", torch.float16)
+    expected = attend(step, rule)
+    table_RP = torch.zeros(132, step.batch.page_table_RP.shape[1], dtype=torch.int32)
+    table_RP[[1, 130]] = step.batch.page_table_RP
+    starts = torch.zeros(133, dtype=torch.int32)
+    starts[2:131], starts[131:] = 1, 4
+    context_R = torch.zeros(132, dtype=torch.int32)
+    context_R[[1, 130]] = step.batch.context_R
+    batch = replace(step.batch, page_table_RP=table_RP, query_start_R1=starts, context_R=context_R)
+    assert torch.equal(attend(replace(step, batch=batch), rule), expected)
 
 
 def test_queries_of_a_joint_projection_and_pages_of_another_dtype():

@@ -136,7 +136,7 @@ def test_supplied_linears_take_the_place_of_stored_ones(tmp_path: Path) -> None:
 
 def test_tied_head_shares_the_memory_of_the_embedding(tmp_path: Path) -> None:
     tied = _tiny_decoder(BY_NAME["llama-tied"], tmp_path)
-    assert tied.head.weight_VE is tied.embedding.tokens_VE
+    assert tied.head.project.weight_OI is tied.embedding.tokens_VE
 
 
 def test_logits_leave_the_global_generator_and_the_weights_alone(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_kernel_is_said_once_and_can_be_replaced(tmp_path, caplog):
         load_model(folder, weights="quantized")
     assert [record.message for record in caplog.records if "kernel" in record.message] == [
         "reference kernel for quantized linears: plain torch (dequantize, then matmul) on cpu in float32: "
-        "the only kernel there is"
+        "the only kernel for this device"
     ]
     decoder = load_model(folder, weights="quantized", kernel=counting)
     decoder.logits(random_tokens(1, 3, vocab_size=1024))

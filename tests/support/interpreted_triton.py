@@ -1,4 +1,4 @@
-"""What triton's interpreter does wrong with bfloat16 numbers, done right: for cases that run under `TRITON_INTERPRET=1`.
+"""What triton's interpreter does wrong with bfloat16 numbers, done right, for runs under `TRITON_INTERPRET=1`.
 
 It adds and multiplies their bits as integers, and cuts where it should round.
 """

@@ -65,7 +65,7 @@ def exact_logits(decoder: Decoder, tokens_BS: torch.Tensor) -> torch.Tensor:
     hidden = hidden if head.norm is None else head.norm(hidden)
     if head.project_out_EM is not None:
         hidden = F.linear(hidden, head.project_out_EM)
-    return F.linear(hidden, head.weight_VE)
+    return head.project(hidden)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,0 +1,60 @@
+"""From what a user asks to token ids that the model has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import index
+
+from optgptq.data.tokenizer import Tokenizer
+from optgptq.errors import UsageError
+
+Prompt = str | Sequence[int]
+
+
+def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, *, where: str, vocab_size: int) -> tuple[int, ...]:
+    """Return the tokens of a prompt: of text with a BOS where the tokenizer adds one, token ids as they are.
+
+    Args:
+        prompt: text or token ids; whole numbers of any kind, a tensor of them too.
+        tokenizer: of the model; None: there is none.
+        where: whose prompt it is, for messages.
+        vocab_size: token ids of the model run from 0 to one less.
+
+    Raises:
+        UsageError: text that there is no tokenizer for or that UTF-8 cannot hold, or token ids that the model does not
+            have. An empty prompt is not refused here.
+    """
+    ids = tuple(_encode(prompt, tokenizer, where) if isinstance(prompt, str) else _whole_numbers(prompt, where))
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise UsageError(
+            where,
+            expected=f"token ids from 0 to {vocab_size - 1}",
+            found=str(max(ids) if max(ids) >= vocab_size else min(ids)),
+            action="Use the tokenizer that belongs to the model.",
+        )
+    return ids
+
+
+def _encode(prompt: str, tokenizer: Tokenizer | None, where: str) -> Sequence[int]:
+    if tokenizer is None:
+        raise UsageError(where, expected="token ids", found="text, and no tokenizer", action="Give token ids.")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            where,
+            expected="text that UTF-8 can hold",
+            found=f"{prompt[error.start]!r} at character {error.start}, one half of a pair",
+            action="Correct how the text is read, or replace such characters.",
+        ) from error
+    ids, bos = tokenizer.encode(prompt), tokenizer.bos_token_id
+    return [bos, *ids] if tokenizer.adds_bos and bos is not None else ids
+
+
+def _whole_numbers(prompt: Iterable[object], where: str) -> list[int]:
+    try:
+        return [index(token) for token in prompt]  # type: ignore[call-overload]
+    except TypeError as error:
+        raise UsageError(
+            where, expected="text or a list of token ids", found=str(error), action="Give whole numbers, or one text."
+        ) from error
