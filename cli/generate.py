@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,7 +25,8 @@ from .options import (
 )
 from .output import write_json, write_note, write_piece, write_result
 from .record import require_writable
-from .texts import json_record, page, shown_prompt, text_records
+from .requests import read_requests, wants_stream
+from .texts import json_record, page, shown_prompt, summary, text_records
 
 if TYPE_CHECKING:
     from optgptq.runtime.engine import Engine
@@ -133,7 +133,7 @@ def generate(  # noqa: PLR0913 - the parameters of a command are its options
     }
     settings = {"deterministic": deterministic, **field_values(engine_set or (), SETTING_FIELDS, option="--set")}
     requests = read_requests(prompts or [], prompt_file, values, chat=chat, system=system)
-    streams = _streams(stream, requests, as_json=as_json)
+    streams = wants_stream(stream, requests, as_json=as_json)
     if output is not None:
         require_writable(output, option="--output")
         require_new(output, option="--output", overwrite=overwrite)
@@ -147,7 +147,10 @@ def generate(  # noqa: PLR0913 - the parameters of a command are its options
         write_json(json_record(requests, results, seconds=seconds))
     elif streams:
         write_piece("\n")
-    elif any(result.error is None for result in results) and output is None:
+    elif output is not None:
+        if not quiet:
+            write_result(f"{output}: {summary(results, seconds=seconds)}")
+    elif any(result.error is None for result in results):
         write_result(page(requests, results))
     _raise_first(results)
 
@@ -213,58 +216,6 @@ class Run:
 
 def _show(number: int, piece: Piece) -> None:
     write_piece(piece.text)
-
-
-def read_requests(
-    texts: Sequence[str], path: Path | None, values: Mapping[str, Any], *, chat: bool, system: str | None
-) -> list[PromptRequest]:
-    """Return the prompts of the command line, or of a file; without any, one that is empty.
-
-    Raises:
-        UsageError: prompts from both, a message of the system without a chat, or sampling parameters that are wrong.
-        TextError: a file that cannot be read, or a text that is not Unicode.
-    """
-    from optgptq.errors import UsageError
-    from optgptq.runtime.field_values import sampling_params
-    from optgptq.runtime.prompt_file import read_prompts
-    from optgptq.runtime.prompts import PromptRequest, require_unicode
-
-    params = sampling_params(values)
-    if system is not None and not chat:
-        raise UsageError("--system", expected="--chat beside it", found="no --chat", action="Add --chat.")
-    if path is not None and texts:
-        raise UsageError(
-            "prompts", expected="them in the command, or in a file", found="both", action="Leave out one of the two."
-        )
-    for number, text in enumerate([*texts, system or ""], start=1):
-        require_unicode(text, f"prompt {number}" if number <= len(texts) else "--system")
-    if path is not None:
-        requests = read_prompts(path, values)
-    else:
-        requests = [
-            PromptRequest(where=f"prompt {number}", text=text, params=params)
-            for number, text in enumerate(texts or [""], start=1)
-        ]
-    return [request.as_chat(system) for request in requests] if chat else requests
-
-
-def _streams(wanted: bool | None, requests: Sequence[PromptRequest], *, as_json: bool) -> bool:
-    """Return whether text is printed as it is written.
-
-    Raises:
-        UsageError: that is wanted, and cannot be.
-    """
-    from optgptq.errors import UsageError
-
-    can = len(requests) == 1 and requests[0].params.n == 1 and not as_json
-    if wanted and not can:
-        raise UsageError(
-            "--stream",
-            expected="one prompt, one text, and no --json",
-            found="--json" if as_json else f"{sum(request.params.n for request in requests)} texts",
-            action="Leave out --stream; --output has each text as soon as it ends.",
-        )
-    return can and sys.stdout.isatty() if wanted is None else wanted
 
 
 def _raise_first(results: Sequence[GenerationResult]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import convert, doctor, evaluate, generate, gqa, quantize, recipes, show
+from . import bench, convert, doctor, evaluate, generate, gqa, quantize, recipes, show
 from .failures import Failure, failure_of, report, usage_failure
 from .interrupts import stop_on_request
 from .output import write_result
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("bench")(bench.bench)
 app.command("inspect")(show.inspect)
 app.command("verify")(show.verify)
 app.command("convert")(convert.convert)

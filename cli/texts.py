@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .failures import failure_record
+from .output import human_seconds
 
 if TYPE_CHECKING:
     from optgptq.runtime.prompts import PromptRequest
@@ -41,7 +42,7 @@ def json_record(
     requests: Sequence[PromptRequest], results: Sequence[GenerationResult], *, seconds: float
 ) -> dict[str, Any]:
     """Return all texts, and how fast they were written."""
-    num_tokens = sum(len(completion.token_ids) for result in results for completion in result.outputs)
+    num_tokens = _num_tokens(results)
     pairs = enumerate(zip(requests, results, strict=True))
     return {
         "texts": [record for number, (request, result) in pairs for record in text_records(number, request, result)],
@@ -64,3 +65,15 @@ def page(requests: Sequence[PromptRequest], results: Sequence[GenerationResult])
         if result.error is None
         for completion in result.outputs
     )
+
+
+def summary(results: Sequence[GenerationResult], *, seconds: float) -> str:
+    """Return in a few words what was written."""
+    num_texts = sum(len(result.outputs) for result in results if result.error is None)
+    num_tokens = _num_tokens(results)
+    speed = f", {num_tokens / seconds:,.1f} tokens/s" if seconds > 0 else ""
+    return f"{num_texts} texts, {num_tokens:,} tokens in {human_seconds(seconds)}{speed}"
+
+
+def _num_tokens(results: Sequence[GenerationResult]) -> int:
+    return sum(len(completion.token_ids) for result in results for completion in result.outputs)

@@ -15,15 +15,25 @@ if TYPE_CHECKING:
     from optgptq.quantize import quantize as quantize_model
     from optgptq.recipe.loading import load_recipe
     from optgptq.recipe.records import Recipe
+    from optgptq.runtime.async_engine import AsyncEngine
+    from optgptq.runtime.engine_settings import EngineSettings
+    from optgptq.runtime.llm import LLM
     from optgptq.runtime.load import load_model
+    from optgptq.runtime.results import GenerationResult
+    from optgptq.scheduling.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
     "AffineWeight",
+    "AsyncEngine",
+    "EngineSettings",
+    "GenerationResult",
     "OptGPTQError",
     "QuantizeResult",
     "Recipe",
+    "SamplingParams",
     "__version__",
     "load_model",
     "load_recipe",
@@ -33,10 +43,15 @@ __all__ = [
 # `quantize_model` is `optgptq.quantize.quantize`: the name `optgptq.quantize` belongs to the module, which Python binds
 # to it as soon as anyone imports that module.
 _PLACES = {
+    "LLM": ("optgptq.runtime.llm", "LLM"),
     "AffineWeight": ("optgptq.affine_weight", "AffineWeight"),
+    "AsyncEngine": ("optgptq.runtime.async_engine", "AsyncEngine"),
+    "EngineSettings": ("optgptq.runtime.engine_settings", "EngineSettings"),
+    "GenerationResult": ("optgptq.runtime.results", "GenerationResult"),
     "OptGPTQError": ("optgptq.errors", "OptGPTQError"),
     "QuantizeResult": ("optgptq.quantize", "QuantizeResult"),
     "Recipe": ("optgptq.recipe.records", "Recipe"),
+    "SamplingParams": ("optgptq.scheduling.sampling_params", "SamplingParams"),
     "load_model": ("optgptq.runtime.load", "load_model"),
     "load_recipe": ("optgptq.recipe.loading", "load_recipe"),
     "quantize_model": ("optgptq.quantize", "quantize"),

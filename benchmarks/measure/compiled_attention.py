@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from measure.compiled import TARGETS, CompiledCase
 
+from measure.compiled import TARGETS, CompiledCase
 from optgptq.kernels.device_kind import DeviceKind
 from optgptq.kernels.triton_attention import (
     JOINED_TOGETHER,
@@ -81,15 +81,13 @@ def attention_case(
 ) -> CompiledCase:
     """Return one case of `attention_of_rows`: 32 query heads and 8 key/value heads."""
     wanted = rule or {}
-    tiles = {
-        name: choose_tiles(_device_kind(name), KINDS[kind], head_dim, most_rows=most_rows) for name in TARGETS
-    }
+    tiles = {name: choose_tiles(_device_kind(name), KINDS[kind], head_dim, most_rows=most_rows) for name in TARGETS}
     constants = {name: value for name, value in PLAIN.items() if name not in wanted or name == "ROUND_ALIBI"}
     constants |= {name: value for name, value in wanted.items() if name == "ROUND_ALIBI"}
     constants |= {"NUM_HEADS": 32, "GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim)}
     constants |= {"PAGE": page_size, "SEGMENT": SEGMENT, "MODE": mode}
     constants |= {} if mode == "split" else {"states": None}
-    of_kind = {name: f"*{kind}" for name in ("query", "keys", "values", "output")}
+    of_kind = dict.fromkeys(("query", "keys", "values", "output"), f"*{kind}")
     of_kind |= {"output": "*fp32"} if mode == "split" else {}
     parts = (f"attention {mode} {kind} D={head_dim} rows={'16' if most_rows <= 16 else 'many'}", label)
     return CompiledCase(
@@ -117,7 +115,7 @@ def _join_case(kind: str, head_dim: int) -> CompiledCase:
         kernel=join_segments,
         signature=POINTERS | {"sums": "*fp32", "output": f"*{kind}"},
         constants=constants | {"SEGMENT": SEGMENT, "TOGETHER": JOINED_TOGETHER},
-        options=dict.fromkeys(TARGETS, {"num_warps": 1, "enable_fp_fusion": False}),
+        options={target: {"num_warps": 1, "enable_fp_fusion": False} for target in TARGETS},
     )
 
 
@@ -126,8 +124,8 @@ def _store_case(kind: str, head_dim: int) -> CompiledCase:
     return CompiledCase(
         name=f"store keys and values {kind} D={head_dim}",
         kernel=store_rows,
-        signature=POINTERS | {name: f"*{kind}" for name in ("key", "value", "keys", "values")},
+        signature=POINTERS | dict.fromkeys(("key", "value", "keys", "values"), f"*{kind}"),
         constants=constants | {"BLOCK_T": STORED_TOGETHER},
-        options=dict.fromkeys(TARGETS, {"num_warps": 4}),
+        options={target: {"num_warps": 4} for target in TARGETS},
         multiples=("key_token_stride", "value_token_stride"),
     )

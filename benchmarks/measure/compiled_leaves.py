@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from measure.compiled import TARGETS, CompiledCase
-
 from optgptq.kernels.triton_leaves import GATED_COLUMNS, GATED_KINDS, OPTIONS, ROTATED_HEADS, norm_sizes
 from optgptq.kernels.triton_leaves_source import gated_rows, norm_rows, rotate_query_and_key
 
@@ -32,7 +31,7 @@ def norm_case(kind: str, size: int, *, residual: bool) -> CompiledCase:
         kernel=norm_rows,
         signature=pointers | {"eps": "fp32"},
         constants=constants if residual else constants | {"residual": None},
-        options=dict.fromkeys(TARGETS, {"num_warps": num_warps, **OPTIONS}),
+        options={target: {"num_warps": num_warps, **OPTIONS} for target in TARGETS},
         multiples=("row_stride",),
     )
 
@@ -45,7 +44,7 @@ def rotation_case(kind: str) -> CompiledCase:
         kernel=rotate_query_and_key,
         signature=dict.fromkeys(("query", "key", "cosine", "sine"), f"*{kind}"),
         constants={"NUM_HEADS": 32, "NUM_KV_HEADS": 8, **sizes},
-        options=dict.fromkeys(TARGETS, {"num_warps": 1, **OPTIONS}),
+        options={target: {"num_warps": 1, **OPTIONS} for target in TARGETS},
         multiples=("query_token_stride", "key_token_stride"),
     )
 
@@ -57,6 +56,6 @@ def gated_case(kind: str, activation: str) -> CompiledCase:
         kernel=gated_rows,
         signature=dict.fromkeys(("gate", "up", "output"), f"*{kind}"),
         constants={"SIZE": 14336, "BLOCK": GATED_COLUMNS, "KIND": activation},
-        options=dict.fromkeys(TARGETS, {"num_warps": 4, **OPTIONS}),
+        options={target: {"num_warps": 4, **OPTIONS} for target in TARGETS},
         multiples=("gate_stride", "up_stride"),
     )

@@ -17,6 +17,7 @@ from optgptq.gqa.grouping import activation_cosines, adjacent_groups, head_simil
 from optgptq.gqa.heads import HeadWeights, read_heads, write_heads
 from optgptq.gqa.keys import KeyRule, key_rule, query_weights
 from optgptq.gqa.merge import merge_heads, reader_weights
+from optgptq.gqa.query_refit import QueryRefit, refit_queries
 from optgptq.gqa.refit import OutputRefit, refit_output
 from optgptq.gqa.statistics import Groups, HeadMoments, measure_attended, measure_heads
 from optgptq.models.layer import DecoderLayer
@@ -33,12 +34,14 @@ class GroupingSettings:
     Attributes:
         size: key/value heads that become one.
         grouping: how the heads of a group are chosen.
+        refit_queries: fit the query projections once more.
         refit_output: fit the output projection once more.
         moment_dtype: accumulator of the moments.
     """
 
     size: int
     grouping: Grouping
+    refit_queries: bool
     refit_output: bool
     moment_dtype: torch.dtype
 
@@ -86,6 +89,10 @@ def convert_layer(
     merged = merge_heads(heads, moments, attended, groups, rule)
     converted = replace(layer, spec=new_spec, linears=dict(layer.linears))
     tensors = _store(converted, write_heads(merged.heads, new_spec), stored_dtype)
+    queries = None
+    if settings.refit_queries:
+        queries = refit_queries(streams[0], (converted, layer), (merged.heads, heads), groups)
+        tensors = _store(converted, write_heads(queries.heads, new_spec), stored_dtype)
     streams[0].advance(converted, "qkv")
     streams[1].advance(layer, "qkv")
     refit = None
@@ -102,6 +109,7 @@ def convert_layer(
         "groups": [list(group) for group in groups],
         "key_error": merged.key_error,
         "value_error": merged.value_error,
+        **_query_record(queries),
         **_refit_record(refit),
         "output_error": output_error(*streams),
     }
@@ -136,6 +144,18 @@ def _store(
             tensors[f"{name}.bias"] = bias_O
         layer.linears[local_name] = Linear(weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
     return tensors
+
+
+def _query_record(refit: QueryRefit | None) -> dict[str, Any]:
+    if refit is None:
+        return {}
+    return {
+        "query_refit": {
+            "accepted_heads": refit.num_accepted,
+            "held_out_error_before": refit.error_before,
+            "held_out_error_after": refit.error_after,
+        }
+    }
 
 
 def _refit_record(refit: OutputRefit | None) -> dict[str, Any]:

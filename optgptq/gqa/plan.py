@@ -68,6 +68,7 @@ def plan_grouping(source: TensorSource, spec: DecoderSpec, recipe: Recipe) -> Gr
     settings = GroupingSettings(
         size=size,
         grouping=_grouping(spec, recipe),
+        refit_queries=recipe.gqa.refit_queries,
         refit_output=recipe.gqa.refit_output,
         moment_dtype=torch.float64 if recipe.calibration.moment_dtype == "float64" else torch.float32,
     )

@@ -36,7 +36,7 @@ class PackedDense:
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """True if this build of torch multiplies packed weights of `dtype` fast on `device`."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -21,6 +21,8 @@ from optgptq.kernels.triton_source import sum_of_partials
 MOST_MATRIX_TOKENS = 64
 # What the matrix unit takes at least. A product in blocks of so many tokens gives a row the same bits in every batch.
 LEAST_BLOCK_T = 16
+# Tokens that such a product takes at once: they bound its memory for sums, and no row depends on them.
+MOST_INVARIANT_TOKENS = 512
 SUM_BLOCK_O = 256
 # A device of 100 to 300 processors has a few programs for each. The number does not depend on the device or on the
 # tokens: the same inputs give the same sums, alone or in a batch.
@@ -121,7 +123,11 @@ def invariant_affine_matmul(
     """
     x_TI = weight.ordered(x).reshape(-1, weight.in_features).contiguous()
     with torch.cuda.device(x.get_device()):
-        output_TO = _by_words(x_TI, weight, bias_O, LEAST_BLOCK_T)
+        parts = [
+            _by_words(x_TI[begin : begin + MOST_INVARIANT_TOKENS], weight, bias_O, LEAST_BLOCK_T)
+            for begin in range(0, max(len(x_TI), 1), MOST_INVARIANT_TOKENS)
+        ]
+    output_TO = parts[0] if len(parts) == 1 else torch.cat(parts)
     return output_TO.reshape(*x.shape[:-1], weight.out_features)
 
 

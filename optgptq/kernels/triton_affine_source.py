@@ -100,6 +100,14 @@ def codes_of_step(
 
 
 @triton.jit
+def inputs_of_step(x, tokens, is_token, step, num_steps, COLUMNS: tl.constexpr):
+    """Return the inputs `[COLUMNS, tokens]` of one step, zero where there is no token."""
+    columns = step * COLUMNS + tl.arange(0, COLUMNS)
+    places = x + tokens[None, :] * (num_steps * COLUMNS) + columns[:, None]
+    return tl.load(places, mask=is_token[None, :], other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
 def matrix_partials(
     x,
     low_words,
@@ -132,18 +140,12 @@ def matrix_partials(
     tokens = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     split = tl.program_id(2)
     is_token = tokens < num_tokens
-    column_of_step = tl.arange(0, STEP_BLOCKS * 32)
     total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
     first = split * steps_per_split
     for step in range(first, tl.minimum(first + steps_per_split, num_steps)):
         group = step // steps_per_group
         step_size = tl.load(scale + group * num_rows + rows).to(tl.float32)
-        inputs = tl.load(
-            x + tokens[None, :] * (num_steps * STEP_BLOCKS * 32) + (step * STEP_BLOCKS * 32 + column_of_step)[:, None],
-            mask=is_token[None, :],
-            other=0.0,
-            eviction_policy="evict_last",
-        )
+        inputs = inputs_of_step(x, tokens, is_token, step, num_steps, STEP_BLOCKS * 32)
         codes = codes_of_step(
             low_words,
             high_words,

@@ -53,8 +53,10 @@ def choose_tiles(kind: DeviceKind, dtype: torch.dtype, head_dim: int, *, most_ro
     # A product and a sum that a compiler joins in one kernel and not in the other would make rows depend on sizes.
     common = {"num_warps": 4, "enable_fp_fusion": False}
     if not kind.is_hip:
-        # Left to itself the compiler for sm_90 keeps registers in memory to make room for one more program.
-        cuda = {"num_stages": 3} if rows == 16 else {"num_stages": 2, "maxnreg": 255}
+        cuda = {"num_stages": 3 if rows == 16 else 2}
+        if rows > 16 and padded != head_dim:
+            # Left to itself the compiler for sm_90 keeps registers in memory to make room for one more program.
+            cuda |= {"maxnreg": 255}
         return Tiles(keys=32 if is_wide else 64, rows=rows, options=common | cuda)
     hip = common | {"num_stages": 1, "matrix_instr_nonkdim": 16}
     if kind.wave_size == 32:

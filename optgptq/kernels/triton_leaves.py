@@ -1,6 +1,6 @@
 """What lies between the products of a layer, by triton: norms, rotary positions, gated activations, one launch each.
 
-Everything is computed in float32 and rounded once, so results are within a rounding or two of those of the same steps in
+Everything is computed in float32 and rounded once: results are within a rounding or two of those of the same steps in
 torch. A row depends on no other row. Importing this module imports triton.
 
 Shapes: `T` tokens, `N` query heads, `K` key/value heads, `D` head dimension, `R` rotated features, `I` columns.

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from optgptq.kernels.leaves import leaves_for
 from optgptq.models.activations import ACTIVATIONS
 from optgptq.models.attention import AttentionContext
 from optgptq.models.linear import LinearLike
 from optgptq.models.norm import Norm
-from optgptq.models.rope import rotate
+from optgptq.models.rope import rotate_both
 from optgptq.models.spec import STAGE_NAMES, DecoderSpec, StageName
 
 
@@ -130,8 +131,7 @@ class DecoderLayer:
             query_BSND, key_BSKD = self.norms.query(query_BSND), self.norms.key(key_BSKD)
         rope = self.spec.layers[self.index].rope
         if rope is not None:
-            table = context.rope_tables[rope]
-            query_BSND, key_BSKD = rotate(query_BSND, table), rotate(key_BSKD, table)
+            query_BSND, key_BSKD = rotate_both(query_BSND, key_BSKD, context.rope_tables[rope])
         return query_BSND.transpose(1, 2), key_BSKD.transpose(1, 2), value_BSKD.transpose(1, 2)
 
     def _split_heads(self, inputs_BSM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -169,6 +169,9 @@ class DecoderLayer:
         if not self.spec.gated:
             return activation(outputs[0])
         gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
+        leaves = leaves_for(gate)
+        if leaves is not None:
+            return leaves.gated(gate, up, self.spec.activation)
         activated = activation(gate)
         return activated * up if activated.requires_grad else activated.mul_(up)
 

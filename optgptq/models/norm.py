@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from optgptq.kernels.leaves import leaves_for
 from optgptq.models.spec import NormSpec
 from optgptq.native.norm import norms_rows, rms_norm
 
@@ -32,6 +33,9 @@ class Norm:
         shape = (self.size,)
         if self.spec.kind == "layer":
             return F.layer_norm(x, shape, self.weight, self.bias, self.spec.eps)
+        leaves = leaves_for(x)
+        if leaves is not None:
+            return leaves.rms_norm(x, self.weight, self.spec.eps)
         if self.weight is not None and norms_rows(x, self.weight):
             return rms_norm(x, self.weight, self.spec.eps)
         if x.dtype == torch.float32 or not self.spec.weight_offset:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from optgptq.kernels.leaves import leaves_for
 from optgptq.models.spec import RopeKind, RopeSpec
 
 # Kinds whose frequencies depend on how long the text is.
@@ -90,6 +91,23 @@ def rotate(heads_BSND: torch.Tensor, table: RopeTable) -> torch.Tensor:
     first, second, rest = heads_BSND[..., :half], heads_BSND[..., half : 2 * half], heads_BSND[..., 2 * half :]
     turned = first * table.cosine - second * table.sine, second * table.cosine + first * table.sine
     return torch.cat((*turned, rest), dim=-1)
+
+
+def rotate_both(
+    query_BSND: torch.Tensor, key_BSKD: torch.Tensor, table: RopeTable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return queries and keys rotated, as `rotate` does; on a GPU in one launch where their layout allows it."""
+    leaves = leaves_for(query_BSND)
+    one_table = query_BSND.shape[0] == 1 and table.cosine.dim() == 3
+    if leaves is not None and one_table and _heads_adjoin(query_BSND) and _heads_adjoin(key_BSKD):
+        leaves.rotate_in_place(query_BSND, key_BSKD, table.cosine, table.sine)
+        return query_BSND, key_BSKD
+    return rotate(query_BSND, table), rotate(key_BSKD, table)
+
+
+def _heads_adjoin(heads_BSND: torch.Tensor) -> bool:
+    """True if the heads of a token follow each other in memory."""
+    return heads_BSND.stride(3) == 1 and heads_BSND.stride(2) == heads_BSND.shape[3]
 
 
 def inverse_frequencies(rope: RopeSpec, *, num_positions: int) -> torch.Tensor:

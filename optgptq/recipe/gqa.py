@@ -20,6 +20,9 @@ class GQARecipe(Section):
         description="which heads become one: similarity (those that lose least), cosine (of their activations, as "
         "published), adjacent, or auto: adjacent with ALiBi, which ties each head to its slope, else similarity",
     )
+    refit_queries: StrictBool = Field(
+        default=True, description="fit the query projections to the original scores, where held-out windows approve"
+    )
     refit_output: StrictBool = Field(
         default=True, description="fit the output projection to the original attention, where held-out windows approve"
     )

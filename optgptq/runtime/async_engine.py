@@ -1,32 +1,23 @@
-"""An engine for coroutines: a thread of its own runs the steps, and each request hears what concerns it.
-
-The thread sleeps while there is nothing to do. Coroutines send it orders through a queue; it answers into the event loop
-of whoever asked, so several loops in several threads can share an engine.
-"""
+"""An engine for coroutines: a thread of its own runs the steps, and each request hears what concerns it."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Literal
 
-from optgptq.errors import OptGPTQError, UsageError
 from optgptq.runtime.engine import Engine
 from optgptq.runtime.engine_settings import EngineSettings
+from optgptq.runtime.engine_thread import EngineThread
 from optgptq.runtime.listener import Answer, Listener, Submission
 from optgptq.runtime.llm import load_for_engine
 from optgptq.runtime.load import HeldWeights
 from optgptq.runtime.prompt_tokens import Prompt
 from optgptq.runtime.results import GenerationResult, Piece
 from optgptq.scheduling.sampling_params import SamplingParams
-
-# Besides errors of our own, what Python raises for arguments of a wrong type.
-_REFUSALS = (OptGPTQError, TypeError, ValueError, AttributeError)
 
 
 class AsyncEngine:
@@ -37,14 +28,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         """Start the thread."""
-        self._engine = engine
-        self._orders: SimpleQueue[Submission | str | None] = SimpleQueue()
-        self._listeners: dict[str, Listener] = {}
-        # Guards `_end`: no order is put into the queue after the thread has looked into it for the last time.
-        self._lock = threading.Lock()
-        self._end: Exception | None = None
-        self._thread = threading.Thread(target=self._work, name="optgptq-engine", daemon=True)
-        self._thread.start()
+        self._thread = EngineThread(engine)
 
     @classmethod
     def load(
@@ -98,7 +82,7 @@ class AsyncEngine:
             stream=True,
             listener=Listener(asyncio.get_running_loop()),
         )
-        async with self._answers(submission) as answers:
+        async with aclosing(self._answers(submission)) as answers:
             async for answer in answers:
                 if isinstance(answer, Piece):
                     yield answer
@@ -127,7 +111,7 @@ class AsyncEngine:
             stream=False,
             listener=Listener(asyncio.get_running_loop()),
         )
-        async with self._answers(submission) as answers:
+        async with aclosing(self._answers(submission)) as answers:
             async for answer in answers:
                 if isinstance(answer, GenerationResult):
                     return answer
@@ -135,13 +119,11 @@ class AsyncEngine:
 
     def cancel(self, request_id: str) -> None:
         """End a request with what it has written so far; nothing happens if it has ended already. Returns at once."""
-        with self._lock:
-            if self._end is None:
-                self._orders.put(request_id)
+        self._thread.cancel(request_id)
 
     async def close(self) -> None:
-        """Cancel what runs, and end the thread."""
-        self._close()
+        """End all requests with what they have written so far, and the thread."""
+        self._thread.close()
         await asyncio.to_thread(self._thread.join)
 
     async def __aenter__(self) -> AsyncEngine:
@@ -151,3 +133,20 @@ class AsyncEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    async def _answers(self, submission: Submission) -> AsyncGenerator[Answer, None]:
+        """Send a request and yield what comes back; its result is the last."""
+        self._thread.submit(submission)
+        is_waiting = True
+        try:
+            while is_waiting:
+                answer = await submission.listener.get()
+                is_waiting = isinstance(answer, Piece)
+                if isinstance(answer, Exception):
+                    raise answer
+                if isinstance(answer, GenerationResult) and answer.error is not None:
+                    raise answer.error
+                yield answer
+        finally:
+            if is_waiting:
+                self._thread.withdraw(submission)

@@ -64,7 +64,7 @@ class Engine:
         self.decoder = self.runner.decoder
         self.scheduler = Scheduler(scheduler_settings)
         self._states: dict[str, RequestState] = {}
-        self._results: dict[str, GenerationResult] = {}
+        self._results: list[tuple[str, GenerationResult]] = []
         self._num_submitted = 0
 
     @property
@@ -137,12 +137,16 @@ class Engine:
         )
         return name
 
-    def cancel(self, request_id: str) -> None:
-        """End a request with what it has written so far; nothing happens if it has ended already."""
+    def cancel(self, request_id: str) -> list[Piece]:
+        """End a request with what it has written so far; nothing happens if it has ended already.
+
+        Returns what is left to show of its texts, if it streams.
+        """
         state = self._states.get(request_id)
-        if state is not None:
-            self.scheduler.cancel(request_id, "cancelled")
-            self._settle(state)
+        if state is None:
+            return []
+        self.scheduler.cancel(request_id, "cancelled")
+        return self._settle(state)
 
     def step(self) -> list[Piece]:
         """Run one step and return what it adds to the texts of requests that stream.
@@ -172,8 +176,8 @@ class Engine:
 
     def take_results(self) -> list[tuple[str, GenerationResult]]:
         """Return ids and results of the requests that have ended since the last call."""
-        results, self._results = self._results, {}
-        return list(results.items())
+        results, self._results = self._results, []
+        return results
 
     def _seed(self, params: SamplingParams, number: int) -> int:
         if params.seed is not None:
@@ -227,7 +231,7 @@ class Engine:
         pieces = [piece for text in state.texts for piece in text.take_pieces()]
         if all(text.text.is_finished for text in state.texts):
             name = state.request.request_id
-            self._results[name] = state.result(self._clock())
+            self._results.append((name, state.result(self._clock())))
             del self._states[name]
         return pieces
 
@@ -238,15 +242,3 @@ def _seconds(timeout: float, name: str) -> float:
             f"request {name}", expected="a timeout in seconds", found="NaN", action="Give timeout_seconds a number."
         )
     return timeout
-
-
-def failure_result(request_id: str, prompt: Prompt, error: OptGPTQError) -> GenerationResult:
-    """Return the result of a request that was refused."""
-    is_text = isinstance(prompt, str)
-    return GenerationResult(
-        request_id=request_id,
-        prompt=str(prompt) if is_text else None,
-        prompt_token_ids=[] if is_text else [int(token) for token in prompt if isinstance(token, int)],
-        outputs=(),
-        error=error,
-    )

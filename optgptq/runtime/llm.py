@@ -14,11 +14,11 @@ from optgptq.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from optgptq.errors import OptGPTQError, UsageError
 from optgptq.models.decoder import Decoder
 from optgptq.runtime.device import require_device, run_dtype
-from optgptq.runtime.engine import Engine, failure_result
+from optgptq.runtime.engine import Engine
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.load import HeldWeights, load_model
 from optgptq.runtime.prompt_tokens import Prompt
-from optgptq.runtime.results import GenerationResult, Piece
+from optgptq.runtime.results import GenerationResult, Piece, failure_result
 from optgptq.scheduling.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)

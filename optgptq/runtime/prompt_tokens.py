@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import index
+from typing import SupportsIndex
 
 from optgptq.data.tokenizer import Tokenizer
 from optgptq.errors import UsageError
@@ -51,9 +52,9 @@ def _encode(prompt: str, tokenizer: Tokenizer | None, where: str) -> Sequence[in
     return [bos, *ids] if tokenizer.adds_bos and bos is not None else ids
 
 
-def _whole_numbers(prompt: Iterable[object], where: str) -> list[int]:
+def _whole_numbers(prompt: Iterable[SupportsIndex], where: str) -> list[int]:
     try:
-        return [index(token) for token in prompt]  # type: ignore[call-overload]
+        return [index(token) for token in prompt]
     except TypeError as error:
         raise UsageError(
             where, expected="text or a list of token ids", found=str(error), action="Give whole numbers, or one text."

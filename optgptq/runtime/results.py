@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optgptq.errors import OptGPTQError
@@ -88,3 +88,15 @@ class Piece:
     token_ids: list[int]
     text: str
     finish_reason: str | None = None
+
+
+def failure_result(request_id: str, prompt: str | Sequence[int], error: OptGPTQError) -> GenerationResult:
+    """Return the result of a request that was refused."""
+    ids = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, str) else ()
+    return GenerationResult(
+        request_id=request_id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=[token for token in ids if isinstance(token, int)],
+        outputs=(),
+        error=error,
+    )

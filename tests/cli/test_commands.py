@@ -182,7 +182,7 @@ def test_generate_ends_at_the_end_token_and_without_a_prompt_begins_with_bos(cap
     result = run_json(capsys, "generate", STORY, "--max-tokens", "400")
     (text,) = result["texts"]
     assert text["num_prompt_tokens"] == 1
-    assert text["finish_reason"] == "end"
+    assert text["finish_reason"] == "stop"
     assert text["token_ids"][-1] == 1
     assert "</s>" not in text["text"]
     endless = run_json(capsys, "generate", STORY, "--max-tokens", "400", "--ignore-eos")["texts"][0]

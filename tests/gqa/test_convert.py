@@ -53,7 +53,7 @@ def test_heads_of_a_common_subspace_merge_without_loss(name: str, size: int, tmp
     heads = model_spec(folder).num_kv_heads
     groups = [tuple(range(first, first + size)) for first in range(0, heads, size)]
     alike = with_common_subspaces(folder, groups, tmp_path / "alike")
-    recipe = gqa_recipe(group=size, grouping="adjacent", refit_output=False)
+    recipe = gqa_recipe(group=size, grouping="adjacent", refit_output=False, refit_queries=False)
     model = grouped(alike, recipe, tmp_path / "heads")
     assert model_spec(model.source).num_kv_heads == heads // size
     # The moments that the maps come from cost half of float64's digits in the weakest directions.
@@ -66,7 +66,7 @@ def test_heads_of_a_common_subspace_merge_without_loss(name: str, size: int, tmp
 def test_distant_heads_are_found_and_put_side_by_side(tmp_path: Path) -> None:
     folder = opened("llama-multi_head_biases", tmp_path / "model")
     alike = with_common_subspaces(folder, [(0, 4), (1, 3), (2, 5)], tmp_path / "alike")
-    model = grouped(alike, gqa_recipe(group=2, refit_output=False), tmp_path / "heads")
+    model = grouped(alike, gqa_recipe(group=2, refit_output=False, refit_queries=False), tmp_path / "heads")
     assert [layer["groups"] for layer in model.record["layers"]] == [[[0, 4], [1, 3], [2, 5]]] * 3
     same_logits(alike, model.source, 1e-7)
 

@@ -10,12 +10,10 @@ import os
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
+from support.interpreted_triton import repair_bfloat16
 from support.packed_binaries import binary_weight
-from triton.runtime import interpreter
 
 from optgptq.kernels import triton_binary
 from optgptq.kernels.binary import binary_matmul, binary_matmul_literal
@@ -46,31 +44,8 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter multiplies the bits of bfloat16 numbers as integers, and cuts instead of rounding to them."""
     if INTERPRETED:
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
-        monkeypatch.setattr(interpreter, "_convert_float", _convert)
-
-
-def _dot(builder: Any, left: Any, right: Any, start: Any, *precision: Any) -> Any:
-    factors = [
-        _convert(operand.data, operand.dtype.scalar, tl.float32, None).view(np.float32)
-        if operand.dtype.scalar == tl.bfloat16
-        else operand.data.astype(np.float32)
-        for operand in (left, right)
-    ]
-    return interpreter.TensorHandle(np.matmul(*factors) + start.data, start.dtype.scalar)
-
-
-def _convert(numbers: Any, source: Any, target: Any, rounding: Any) -> Any:
-    known = {tl.float16: np.float16, tl.float32: np.float32}
-    if source == tl.bfloat16 and target == tl.float32:
-        return (numbers.astype(np.uint32) << 16).reshape(numbers.shape)
-    assert source in known, (source, target, rounding)
-    rounded = torch.from_numpy(np.ascontiguousarray(numbers.view(known[source])))
-    if target == tl.bfloat16:
-        return rounded.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    return rounded.numpy().astype(known[target]).view(np.uint16 if target == tl.float16 else np.uint32)
+        repair_bfloat16(monkeypatch)
 
 
 def inputs(tokens: int, dtype: torch.dtype, *, columns: int = COLUMNS) -> torch.Tensor:
