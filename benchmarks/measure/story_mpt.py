@@ -1,4 +1,4 @@
-"""A small MPT (ALiBi, one key/value head for each query head) trained on the bundled stories, by `python -m` or a call.
+"""A small MPT (ALiBi, one key/value head for each query head) trained on the bundled stories.
 
 No trained ALiBi model is small enough to come with the project; this one takes minutes on two cores and writes simple
 stories, so a loss of quality shows in its perplexity.
@@ -6,9 +6,7 @@ stories, so a loss of quality shows in its perplexity.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from measure.random_mpt import finish_folder
 from optgptq.bundled import bundled_path
 from optgptq.data.tokenizer import load_tokenizer
 
@@ -44,11 +43,7 @@ def story_mpt(folder: Path, *, steps: int = STEPS, seed: int = 0) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.to(torch.bfloat16).save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copyfile(source / name, path / name)
-    config = json.loads((path / "config.json").read_text("utf-8"))
-    (path / "config.json").write_text(json.dumps(config | {"bos_token_id": 0, "eos_token_id": 1}, indent=2), "utf-8")
-    (path / "complete").touch()
+    finish_folder(path)
     return path
 
 
@@ -62,8 +57,9 @@ def _model(seed: int) -> Any:
         warnings.simplefilter("ignore")
         import transformers
 
-        torch.manual_seed(seed)
-        return transformers.MptForCausalLM(transformers.MptConfig(**CONFIG)).train()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return transformers.MptForCausalLM(transformers.MptConfig(**CONFIG)).train()
 
 
 def _train(model: Any, tokens: torch.Tensor, *, steps: int, seed: int) -> None:
@@ -82,4 +78,4 @@ def _train(model: Any, tokens: torch.Tensor, *, steps: int, seed: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"step {step}: loss {float(loss):.3f}", flush=True)
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
