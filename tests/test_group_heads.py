@@ -54,6 +54,9 @@ def transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     [
         wide_llama(num_key_value_heads=4, attention_bias=True),
         tiny_model("qwen2-biases"),
+        tiny_model("mistral-short_window"),
+        tiny_model("gemma-plain"),
+        tiny_model("phi3-longrope"),
         tiny_model("gemma2-softcaps"),
         tiny_model("falcon-multi_head_parallel"),
         tiny_model("falcon-multi_head_parallel", alibi=True),

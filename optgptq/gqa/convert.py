@@ -29,6 +29,7 @@ from optgptq.gqa.plan import GroupingPlan, kv_bytes_per_token
 from optgptq.gqa.source import GroupedSource, grouped_source
 from optgptq.models.attention import attention_context
 from optgptq.models.ends import Embedding, Head
+from optgptq.models.layer import DecoderLayer
 from optgptq.models.loading import load_embedding, load_head, load_layer
 from optgptq.models.spec import STAGE_NAMES
 from optgptq.recipe.records import Recipe
@@ -105,31 +106,32 @@ def group_heads(
     streams = _streams(texts.calibration, embedding, recipe, held_out=held_out)
     scored = None if texts.evaluation is None else _streams(texts.evaluation, embedding, recipe, held_out=0)
     writer = ShardWriter(folder, plan.entries, max_shard_bytes=_MAX_SHARD_BYTES)
-    stored = {entry.name: entry.dtype for entry in plan.entries}
     layers = []
     for index in range(plan.spec.num_layers):
         layer_started(index)
         layer = load_layer(source, plan.spec, index, dtype=dtype, device=device)
-        converted = convert_layer(streams, layer, plan.new_spec, plan.settings, stored_dtype=stored.__getitem__)
-        for stage in STAGE_NAMES if scored is not None else ():
-            assert scored is not None
-            scored[0].advance(converted.layer, stage)
-            scored[1].advance(layer, stage)
-        for name, tensor in converted.tensors.items():
-            writer.write(name, tensor)
-        layers.append(converted.record)
+        layers.append(_convert(plan, layer, streams, scored, writer))
     writer.finish()
     (folder / CONFIG_FILE).write_text(json.dumps(plan.config), encoding="utf-8")
     head = load_head(source, plan.spec, embedding=embedding, dtype=dtype, device=device)
-    figures = _figures(head, streams, texts.calibration) if scored is None else _figures(head, scored, _only(texts))
-    record = _record(plan, recipe, figures, layers)
+    record = _record(plan, recipe, _figures(head, scored or streams, texts.evaluation or texts.calibration), layers)
     _require_gate(recipe, record)
     return GroupedModel(source=grouped_source(source, plan, CheckpointFolder.open(folder)), record=record)
 
 
-def _only(texts: Texts) -> Windows:
-    assert texts.evaluation is not None
-    return texts.evaluation
+def _convert(
+    plan: GroupingPlan, layer: DecoderLayer, streams: Streams, scored: Streams | None, writer: ShardWriter
+) -> dict[str, Any]:
+    """Convert a layer, take all streams through it and write its tensors; return what was done."""
+    stored = {entry.name: entry.dtype for entry in plan.entries}
+    converted = convert_layer(streams, layer, plan.new_spec, plan.settings, stored_dtype=stored.__getitem__)
+    if scored is not None:
+        for stage in STAGE_NAMES:
+            scored[0].advance(converted.layer, stage)
+            scored[1].advance(layer, stage)
+    for name, tensor in converted.tensors.items():
+        writer.write(name, tensor)
+    return converted.record
 
 
 def _streams(windows: Windows, embedding: Embedding, recipe: Recipe, *, held_out: int) -> Streams:

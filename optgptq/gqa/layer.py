@@ -81,39 +81,49 @@ def convert_layer(
     Raises:
         NumericalError: activations are not finite.
     """
-    rule = key_rule(layer.spec, layer.index)
-    moments = measure_heads(streams[0], layer, dtype=settings.moment_dtype)
-    heads = read_heads(layer)
-    groups = _groups(heads, moments, rule, settings)
-    attended = measure_attended(streams[0], layer, groups, dtype=settings.moment_dtype)
-    merged = merge_heads(heads, moments, attended, groups, rule)
     converted = replace(layer, spec=new_spec, linears=dict(layer.linears))
-    tensors = _store(converted, write_heads(merged.heads, new_spec), stored_dtype)
-    queries = None
-    if settings.refit_queries:
-        queries = refit_queries(streams[0], (converted, layer), (merged.heads, heads), groups)
-        tensors = _store(converted, write_heads(queries.heads, new_spec), stored_dtype)
+    tensors, record = _share(streams[0], layer, converted, settings, stored_dtype=stored_dtype)
     streams[0].advance(converted, "qkv")
     streams[1].advance(layer, "qkv")
-    refit = None
     if settings.refit_output:
         refit = refit_output(streams, (converted, layer), dtype=settings.moment_dtype)
+        record |= _refit_record(refit)
         if refit.linear is not None:
             (name,) = new_spec.stage("o").linears
             tensors |= _store(converted, {name: refit.linear}, stored_dtype)
     for stage in STAGE_NAMES[1:]:
         streams[0].advance(converted, stage)
         streams[1].advance(layer, stage)
-    record = {
+    record["output_error"] = output_error(*streams)
+    return ConvertedLayer(layer=converted, tensors=tensors, record=record)
+
+
+def _share(
+    stream: ActivationStream,
+    layer: DecoderLayer,
+    converted: DecoderLayer,
+    settings: GroupingSettings,
+    *,
+    stored_dtype: Callable[[str], torch.dtype],
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Merge the heads of `layer` and put the new attention into `converted`; return its tensors and what was done."""
+    rule, heads = key_rule(layer.spec, layer.index), read_heads(layer)
+    moments = measure_heads(stream, layer, dtype=settings.moment_dtype)
+    groups = _groups(heads, moments, rule, settings)
+    attended = measure_attended(stream, layer, groups, dtype=settings.moment_dtype)
+    merged = merge_heads(heads, moments, attended, groups, rule)
+    record: dict[str, Any] = {
         "index": layer.index,
         "groups": [list(group) for group in groups],
         "key_error": merged.key_error,
         "value_error": merged.value_error,
-        **_query_record(queries),
-        **_refit_record(refit),
-        "output_error": output_error(*streams),
     }
-    return ConvertedLayer(layer=converted, tensors=tensors, record=record)
+    tensors = _store(converted, write_heads(merged.heads, converted.spec), stored_dtype)
+    if settings.refit_queries:
+        refit = refit_queries(stream, (converted, layer), (merged.heads, heads), groups)
+        record |= _query_record(refit)
+        tensors = _store(converted, write_heads(refit.heads, converted.spec), stored_dtype)
+    return tensors, record
 
 
 def _groups(heads: HeadWeights, moments: HeadMoments, rule: KeyRule, settings: GroupingSettings) -> Groups:
@@ -146,9 +156,7 @@ def _store(
     return tensors
 
 
-def _query_record(refit: QueryRefit | None) -> dict[str, Any]:
-    if refit is None:
-        return {}
+def _query_record(refit: QueryRefit) -> dict[str, Any]:
     return {
         "query_refit": {
             "accepted_heads": refit.num_accepted,
@@ -158,11 +166,9 @@ def _query_record(refit: QueryRefit | None) -> dict[str, Any]:
     }
 
 
-def _refit_record(refit: OutputRefit | None) -> dict[str, Any]:
-    if refit is None:
-        return {}
+def _refit_record(refit: OutputRefit) -> dict[str, Any]:
     return {
-        "refit": {
+        "output_refit": {
             "accepted": refit.linear is not None,
             "damp_ratio": refit.damp_ratio,
             "held_out_error_before": refit.error_before,

@@ -70,7 +70,7 @@ def refit_queries(
     new, old = heads
     order = query_order(groups, len(old.query_NDI), len(old.key_KDI))
     shared = len(order) // len(groups)
-    fitted, judged = _Windows.of(stream, layers, held_out=False), _Windows.of(stream, layers, held_out=True)
+    fitted, judged = (_Windows.of(stream, layers, held_out=held_out) for held_out in (False, True))
     query_NDI, bias_ND = new.query_NDI.clone(), None if new.query_bias_ND is None else new.query_bias_ND.clone()
     accepted, before, after, variance = 0, 0.0, 0.0, 0.0
     for place, head in enumerate(order):
@@ -82,8 +82,7 @@ def refit_queries(
             errors = form.error(), form.error(change_DI)
         before, after, variance = before + errors[0], after + min(errors), variance + form.variance
         if errors[1] < errors[0]:
-            accepted += 1
-            change = change_DI.double()
+            accepted, change = accepted + 1, change_DI.double()
             query_NDI[place] += change @ old.query_NDI[members].flatten(0, 1)
             if bias_ND is not None and old.query_bias_ND is not None:
                 bias_ND[place] += change @ old.query_bias_ND[members].flatten()

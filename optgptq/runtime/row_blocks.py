@@ -3,7 +3,7 @@
 A product of matrices sums in an order that depends on its shape. If every operation of the model sees the same shape
 in every step, and treats each row alike, a token's numbers depend on that token and on its own past only.
 
-Shapes: `R` rows of a block, `M` model width.
+Shapes: `R` rows of a block, one sequence (`B = 1`), `M` model width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import torch
 
 from optgptq.models.attention import AttentionContext, context_at
 from optgptq.models.decoder import Decoder
+from optgptq.models.layer import DecoderLayer
+from optgptq.models.linear import Linear, LinearLike
 from optgptq.models.spec import DecoderSpec
+from optgptq.runtime.linear import QuantLinear
 from optgptq.scheduling.step import StepPart
 
 # The largest comes first; 1 always works.
@@ -49,28 +52,49 @@ def find_block_size(decoder: Decoder) -> int:
 def rows_are_independent(decoder: Decoder, size: int, *, seed: int = 0) -> bool:
     """True if a row's numbers are the same to the bit at every place of a block, whatever the other rows hold.
 
-    Looks at the first decoder layer, with attention left out, and at the head.
+    Looks at the embedding, at the first of all decoder layers with the same make-up, with attention left out, and at
+    the head.
     """
     generator = torch.Generator().manual_seed(seed)
-    shape = (2, size, decoder.spec.hidden_size)
-    mine_RM, other_RM = torch.randn(shape, generator=generator).to(decoder.device, decoder.dtype)
-    positions = torch.arange(size, device=decoder.device)
-    expected = _outputs(decoder, mine_RM, positions)
+    mine_R, other_R = torch.randint(decoder.spec.vocab_size, (2, size), generator=generator).to(decoder.device)
+    positions = torch.arange(size, device=decoder.device) % (decoder.spec.position_limit or size)
+    layers = list({_make_up(layer): layer for layer in reversed(decoder.layers)}.values())
+    expected = _outputs(decoder, layers, mine_R, positions)
     for shift in range(1, size):
-        turned = _outputs(decoder, mine_RM.roll(shift, 0), positions.roll(shift))
+        turned = _outputs(decoder, layers, mine_R.roll(shift), positions.roll(shift))
         if not all(torch.equal(one.roll(shift, 0), two) for one, two in zip(expected, turned, strict=True)):
             return False
-    mixed_RM = torch.cat((mine_RM[:1], other_RM[1:]))
-    mixed = _outputs(decoder, mixed_RM, positions)
+    mixed = _outputs(decoder, layers, torch.cat((mine_R[:1], other_R[1:])), positions)
     return all(torch.equal(one[0], two[0]) for one, two in zip(expected, mixed, strict=True))
 
 
-def _outputs(decoder: Decoder, hidden_RM: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _make_up(layer: DecoderLayer) -> tuple[object, ...]:
+    """Return what decides how the products of a layer are computed."""
+    return tuple((name, *_shape(linear)) for name, linear in layer.linears.items())
+
+
+def _shape(linear: LinearLike) -> tuple[object, ...]:
+    if isinstance(linear, Linear):
+        return (Linear, linear.weight_OI.shape, linear.weight_OI.stride())
+    if isinstance(linear, QuantLinear):
+        weight = linear.weight
+        return (type(weight), weight.bits, weight.out_features, weight.in_features, weight.group_size)
+    return (id(linear),)
+
+
+def _outputs(
+    decoder: Decoder, layers: Sequence[DecoderLayer], token_R: torch.Tensor, positions: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return what each part of the model makes of the rows."""
     context: AttentionContext = context_at(
         decoder.spec, positions, dtype=decoder.dtype, attend=_own_query, lengths=torch.full_like(positions, 1)
     )
-    hidden_BRM = decoder.layers[0].forward(hidden_RM.unsqueeze(0), context)
-    return hidden_BRM[0], decoder.head.logits(hidden_BRM[0])
+    hidden_BRM = decoder.embedding.embed(token_R.unsqueeze(0), context)
+    outputs = [hidden_BRM[0]]
+    for layer in layers:
+        hidden_BRM = layer.forward(hidden_BRM, context)
+        outputs.append(hidden_BRM[0])
+    return [*outputs, decoder.head.logits(hidden_BRM[0])]
 
 
 def _own_query(

@@ -84,7 +84,8 @@ def test_what_is_told_is_what_the_written_model_does(name: str, tmp_path: Path) 
     assert model.record["mean_kl"] == pytest.approx(result.mean_kl, rel=1e-4)
     assert model.record["num_tokens"] == result.num_tokens
     for layer in model.record["layers"]:
-        assert layer["refit"]["held_out_error_after"] <= layer["refit"]["held_out_error_before"]
+        for refit in (layer["output_refit"], layer["query_refit"]):
+            assert refit["held_out_error_after"] <= refit["held_out_error_before"]
         assert 0 < layer["key_error"] < 1
         assert 0 < layer["value_error"] < 1
 

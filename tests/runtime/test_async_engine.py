@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engines import Watching, byte_engine, nothing_is_held, run_out, saying, write_byte_model
+from support.engines import byte_engine, nothing_is_held, run_out, saying, write_byte_model
 
 from optgptq import AsyncEngine, EngineSettings, SamplingParams
 from optgptq.errors import CapacityError, UsageError
@@ -56,11 +56,10 @@ def run(scene: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 def slow(seconds: float) -> SamplingParams:
     """Return parameters of a long text whose tokens take time."""
-    pause = Watching(-1, None)
 
     def waiting(prompt_ids, output_ids, logits_V):
         time.sleep(seconds)
-        return pause(prompt_ids, output_ids, logits_V)
+        return logits_V
 
     return SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, logits_processors=[waiting])
 

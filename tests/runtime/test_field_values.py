@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,11 +68,9 @@ def test_what_an_engine_cannot_take(name: str, value: object, expected: str) -> 
 
 @given(name=st.sampled_from(SETTING_FIELDS), text=st.text(alphabet="0123456789.-+eE truefalsn[]{}:,'\"#~", max_size=8))
 def test_any_text_gives_settings_or_one_of_our_errors(name: str, text: str) -> None:
-    try:
-        engine_settings(field_values([f"{name}={text}"], SETTING_FIELDS, option="--set"))
-    except OptGPTQError as error:
-        assert error.where
-        assert error.action.endswith(".")
+    with suppress(OptGPTQError):
+        settings = engine_settings(field_values([f"{name}={text}"], SETTING_FIELDS, option="--set"))
+        assert settings.page_size % 8 == 0
 
 
 def test_every_sampling_parameter_but_functions_can_be_named() -> None:

@@ -1,0 +1,78 @@
+"""`optgptq bench` on the bundled model: that it measures, not how fast this machine is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from optgptq.evaluation import bench as bench_module
+from optgptq_cli.main import main
+
+SMALL = ["bundled:story-llama", "--requests", "3", "--prompt-tokens", "20:40", "--new-tokens", "5", "--rounds", "2"]
+SMALL += ["--set", "max_running=4", "--set", "max_length=64"]
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch):
+    """Measure the bandwidth with a buffer that is there in no time."""
+    measure = bench_module.measure_bandwidth
+    monkeypatch.setattr(bench_module, "measure_bandwidth", lambda device: measure(device, num_bytes=1 << 20))
+
+
+def test_json_has_every_figure(capsys):
+    assert main(["bench", *SMALL, "--shared-prefix", "17", "--json", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    report = json.loads(captured.out)
+    assert (report["model"], report["device"], report["dtype"]) == ("bundled:story-llama", "cpu", "float32")
+    assert report["settings"]["prompt_sizes"] == [20, 40]
+    assert report["check"]["num_tokens"] == 24
+    assert set(report["speeds"]) >= {"prefill", "token_p50", "token_p99", "new_tokens", "first_token_p99", "gap_p50"}
+    for spread in report["speeds"].values():
+        assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+    needed = report["bytes_per_token"]
+    assert needed["total"] == needed["linears"] + needed["head"] + needed["cache"] + needed["rest"]
+    seconds = needed["total"] / report["bandwidth"]["bytes_per_second"]
+    assert report["floor_share"] == pytest.approx(seconds / report["speeds"]["token_p50"]["median"])
+    pages = report["pages"]
+    assert 0 < pages["peak_bytes"] <= pages["total_bytes"]
+    assert 0 < pages["waste_ratio"] < 0.5
+    # One page of 16 of the 17 tokens, by two of three texts, or none where all began in the same step.
+    assert pages["prefix_hit_tokens"] in range(0, 2 * 2 * 16 + 1, 16)
+    assert 2 * 3 * 20 <= pages["prompt_tokens"] <= 2 * 3 * 40
+    assert report["peak_memory_bytes"] > 10**7
+    assert report["peak_device_bytes"] is None
+
+
+def test_people_get_a_table(capsys):
+    assert main(["bench", *SMALL, "--skip-check"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert lines["check"].endswith("skipped")
+    assert "tokens/s" in lines["3 texts, new tokens"]
+    assert "1 MiB, the best of 5" in lines["memory moves"]
+    assert lines["so it is at"].endswith("% of what that allows")
+    assert "keys and values" in lines["it must read"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--prompt-tokens", "40:20"], "A at most B"),
+        (["--prompt-tokens", "0"], "A:B, 1 or more"),
+        (["--prompt-tokens", "few"], "A:B or one number"),
+        (["--prompt-tokens", "5:"], "A:B or one number"),
+        (["--new-tokens", "1"], "2 or more"),
+        (["--requests", "0"], "--requests"),
+        (["--rounds", "0"], "--rounds"),
+        (["--shared-prefix", "20"], "fewer than 20 tokens"),
+        (["--new-tokens", "30"], "at most 64 tokens together"),
+        (["--set", "max_runing=4"], "the nearest is max_running"),
+    ],
+)
+def test_what_cannot_be_measured(arguments, text, capsys):
+    assert main(["bench", *SMALL, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert captured.out == ""
