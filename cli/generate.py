@@ -146,7 +146,7 @@ def generate(  # noqa: PLR0913 - the parameters of a command are its options
     if as_json:
         write_json(json_record(requests, results, seconds=seconds))
     elif streams:
-        write_piece("\n")
+        write_piece("\n" if run.has_shown else "")
     elif output is not None:
         if not quiet:
             write_result(f"{output}: {summary(results, seconds=seconds)}")
@@ -166,6 +166,7 @@ class Run:
         streams: the one text goes to stdout as it is written.
         progress: takes prompts done and prompts in all.
         num_done: prompts whose texts have ended.
+        has_shown: the one text has begun on stdout.
     """
 
     requests: Sequence[PromptRequest]
@@ -174,6 +175,7 @@ class Run:
     streams: bool
     progress: Callable[[int, int], None]
     num_done: int = 0
+    has_shown: bool = False
 
     def start(self, engine: Engine, *, bos: bool | None) -> tuple[list[GenerationResult], float]:
         """Return the results, and the seconds that they took.
@@ -184,8 +186,6 @@ class Run:
         from optgptq.errors import Interrupted
         from optgptq.runtime.prompts import run_requests
 
-        if self.streams:
-            write_piece(shown_prompt(self.requests[0]))
         began = time.perf_counter()
         try:
             results = run_requests(
@@ -193,7 +193,7 @@ class Run:
                 self.requests,
                 bos=bos,
                 on_result=self._take,
-                on_piece=_show if self.streams else None,
+                on_piece=self._show if self.streams else None,
             )
         except KeyboardInterrupt as stopped:
             if self.lines is None:
@@ -213,9 +213,10 @@ class Run:
         self.num_done += 1
         self.progress(self.num_done, len(self.requests))
 
-
-def _show(number: int, piece: Piece) -> None:
-    write_piece(piece.text)
+    def _show(self, number: int, piece: Piece) -> None:
+        # Not before the first piece: where the prompt is refused, nothing is printed.
+        write_piece(piece.text if self.has_shown else shown_prompt(self.requests[number]) + piece.text)
+        self.has_shown = True
 
 
 def _raise_first(results: Sequence[GenerationResult]) -> None:

@@ -76,12 +76,15 @@ def _require_room(engine: Engine, settings: BenchSettings) -> None:
 
 
 def _check(engine: Engine, settings: BenchSettings, generator: random.Random) -> EngineCheck:
-    largest = min(_CHECK_SIZES[1], engine.max_length - _CHECK_TOKENS)
+    spec = engine.decoder.spec
+    # Beyond what the model promises its rotary frequencies may change with the length, for keys in pages from then on.
+    longest = min(engine.max_length, spec.max_position or engine.max_length)
+    largest = max(min(_CHECK_SIZES[1], longest - _CHECK_TOKENS), 1)
     prompts = draw_prompts(
         generator,
         count=_CHECK_PROMPTS,
         sizes=(min(_CHECK_SIZES[0], largest), largest),
-        vocab_size=engine.decoder.spec.vocab_size,
+        vocab_size=spec.vocab_size,
     )
     return check_engine(engine, prompts, num_new_tokens=_CHECK_TOKENS)
 

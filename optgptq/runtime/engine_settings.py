@@ -8,9 +8,9 @@ from optgptq.errors import UsageError
 
 # Tokens of one step. On a processor more tokens add little speed to a product of matrices, and a smaller step lets
 # requests start one after the other, so that fewer of them are at their longest at the same time.
-CPU_STEP_TOKENS = 64
+CPU_STEP_TOKENS = 48
 GPU_STEP_TOKENS = 2048
-CPU_RUNNING = 64
+CPU_RUNNING = 48
 CPU_MEMORY_SHARE = 0.5
 GPU_MEMORY_SHARE = 0.9
 GPU_RUNNING = 256

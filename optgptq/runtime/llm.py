@@ -6,22 +6,28 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, SupportsIndex, cast
+from typing import Literal, cast
 
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.hub import resolve_model
 from optgptq.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from optgptq.errors import OptGPTQError, UsageError
+from optgptq.memory import available_memory_bytes
 from optgptq.models.decoder import Decoder
+from optgptq.models.inventory import model_linears
+from optgptq.models.registry import model_spec
 from optgptq.runtime.device import require_device, run_dtype
 from optgptq.runtime.engine import Engine
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.load import HeldWeights, load_model
-from optgptq.runtime.prompt_tokens import Prompt
+from optgptq.runtime.prompt_tokens import Prompt, is_token_id
 from optgptq.runtime.results import GenerationResult, Piece, failure_result
 from optgptq.scheduling.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
+
+# Of the memory that is left, for the linears of a quantized model decoded; keys and values take another half of it.
+_DENSE_SHARE = 0.4
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -42,13 +48,31 @@ def load_for_engine(
 ) -> LoadedModel:
     """Read a model for an engine; the arguments are those of `LLM`."""
     folder, torch_device = resolve_model(str(model), revision), require_device(device)
-    number = run_dtype(CheckpointFolder.open(folder), torch_device, wanted=dtype)
-    held: HeldWeights = weights if weights != "auto" else ("dense" if torch_device.type == "cpu" else "quantized")
+    checkpoint = CheckpointFolder.open(folder)
+    number = run_dtype(checkpoint, torch_device, wanted=dtype)
+    held = weights if weights != "auto" else _faster_to_hold(checkpoint, torch_device, number)
     decoder = load_model(folder, dtype=number, device=torch_device, weights=held)
     tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
     if tokenizer is None:
         logger.warning("%s has no tokenizer: prompts must be token ids, and results have no text", folder)
     return LoadedModel(decoder=decoder, tokenizer=tokenizer)
+
+
+def _faster_to_hold(checkpoint: CheckpointFolder, device: torch.device, dtype: torch.dtype) -> HeldWeights:
+    """Return how quantized linears are held: codes on a GPU; on a processor decoded, where memory allows it."""
+    if device.type != "cpu":
+        return "quantized"
+    linears = model_linears(model_spec(checkpoint))
+    num_bytes = sum(linear.out_features * linear.in_features for linear in linears) * dtype.itemsize
+    available = available_memory_bytes()
+    if available is None or num_bytes <= _DENSE_SHARE * available:
+        return "dense"
+    logger.warning(
+        "quantized linears stay in codes, which is slow on a processor: decoded they take %.1f of %.1f GiB of memory",
+        num_bytes / 2**30,
+        available / 2**30,
+    )
+    return "quantized"
 
 
 class LLM:
@@ -76,7 +100,7 @@ class LLM:
             dtype: of activations, dense weights, keys and values; `auto`: float32 on a processor, on a GPU the dtype of
                 the weights (bfloat16 for those in float32).
             weights: `quantized` multiplies with codes as they are, `dense` decodes them once; `auto`: what is faster on
-                the device.
+                the device, as far as memory allows.
             revision: of a hub id.
             settings: how requests share the model.
 
@@ -175,7 +199,7 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return the prompts; a string is one, and so is what begins with a number."""
     if isinstance(prompts, str):
         return [prompts]
-    is_one = len(prompts) > 0 and isinstance(prompts[0], SupportsIndex)
+    is_one = len(prompts) > 0 and is_token_id(prompts[0])
     return [cast(Sequence[int], prompts)] if is_one else list(cast(Sequence[Prompt], prompts))
 
 

@@ -36,6 +36,17 @@ def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, *, where: str,
     return ids
 
 
+def is_token_id(value: object) -> bool:
+    """True for a whole number of any kind; arrays and tensors of several dimensions are none, whatever they hold."""
+    if not isinstance(value, SupportsIndex):
+        return False
+    try:
+        iter(value)  # type: ignore[call-overload]
+    except TypeError:
+        return True
+    return False
+
+
 def _encode(prompt: str, tokenizer: Tokenizer | None, where: str) -> Sequence[int]:
     if tokenizer is None:
         raise UsageError(where, expected="token ids", found="text, and no tokenizer", action="Give token ids.")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from optgptq.kernels.packed_dense import PackedDense
 from optgptq.models.attention import AttentionContext, context_at
 from optgptq.models.decoder import Decoder
 from optgptq.models.layer import DecoderLayer
@@ -76,6 +77,8 @@ def _make_up(layer: DecoderLayer) -> tuple[object, ...]:
 def _shape(linear: LinearLike) -> tuple[object, ...]:
     if isinstance(linear, Linear):
         return (Linear, linear.weight_OI.shape, linear.weight_OI.stride())
+    if isinstance(linear, PackedDense):
+        return (PackedDense, linear.weight.shape)
     if isinstance(linear, QuantLinear):
         weight = linear.weight
         return (type(weight), weight.bits, weight.out_features, weight.in_features, weight.group_size)

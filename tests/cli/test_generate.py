@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from optgptq.bundled import bundled_path
 from optgptq_cli.lines import LineWriter, line_writer
 from optgptq_cli.main import main
+from optgptq_cli.requests import read_requests, wants_stream
 
 STORY = "bundled:story-llama"
 SHORT = ["--max-tokens", "8", "--set", "max_running=8", "--quiet"]
@@ -112,6 +114,24 @@ def test_people_get_prompt_and_text(capsys):
     assert second.startswith("Lily")
     streamed, _ = run(capsys, STORY, "Tom", *SHORT, "--stream")
     assert streamed == first + "\n"
+    nothing, err = run(capsys, STORY, "x " * 3000, *SHORT, "--stream", code=2)
+    assert nothing == ""
+    assert "error: prompt 1\n" in err
+
+
+def test_one_text_on_a_terminal_is_streamed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    values = {"max_tokens": 3, "n": 1}
+    one = read_requests(["Tom"], None, values, chat=False, system=None)
+    assert wants_stream(None, one, as_json=False)
+    assert not wants_stream(False, one, as_json=False)
+    assert not wants_stream(None, one, as_json=True)
+    assert not wants_stream(None, [*one, *one], as_json=False)
+    assert not wants_stream(None, read_requests([], None, {**values, "n": 2}, chat=False, system=None), as_json=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    assert not wants_stream(None, one, as_json=False)
+    assert wants_stream(True, one, as_json=False)
 
 
 def test_a_chat_is_answered(capsys, chat_model):
