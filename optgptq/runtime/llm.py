@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+import torch
+
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.hub import resolve_model
 from optgptq.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
