@@ -88,8 +88,10 @@ def _measure(report: Report, case: Case, group: int, arguments: argparse.Namespa
         report.rows.append(row)
         report.details.append({**dict(zip(COLUMNS, row, strict=True)), "group": group})
         print(" | ".join(row), file=sys.stderr)
-    dense = result.baseline_perplexity
-    report.notes.append(f"{case.name}: perplexity {dense:.4f} with all heads; windows of {case.window_size} tokens.")
+    dense = f"perplexity {result.baseline_perplexity:.4f} with all heads"
+    note = f"{case.name}: {dense}; windows of {case.window_size} tokens."
+    if note not in report.notes:
+        report.notes.append(note)
     if ratios["+ both refits (as shipped)"] > min(ratios[MEAN], ratios["shared subspace, neighbours"]):
         report.missed.append(f"{case.name}, group {group}: the shipped method is worse than a plainer one.")
 

@@ -26,6 +26,15 @@ def test_the_table_of_exit_codes_is_complete() -> None:
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", page, flags=re.MULTILINE)] == [int(c) for c in ExitCode]
 
 
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "runtime.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_examples_of_the_runtime_run(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(EXAMPLES[number], f"docs/runtime.md example {number + 1}", "exec"), {"__name__": "example"})
+    assert len(capsys.readouterr().out) > 50
+
+
 def test_the_index_lists_every_decision() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     pages = [path.name for path in (ROOT / "docs" / "decisions").glob("*.md")]

@@ -255,3 +255,21 @@ def test_better_priorities_go_first(folder: Path) -> None:
     for name, priority in (("late", 5), ("early", -1), ("middle", 0)):
         engine.submit(OTHER, GREEDY, request_id=name, priority=priority)
     assert list(run_out(engine)[0]) == ["early", "middle", "late"]
+
+
+def test_pages_are_shared_under_one_salt_only(folder: Path, engine: Engine) -> None:
+    def cached(salt: bytes) -> int:
+        engine.submit(OTHER, GREEDY, request_id="it", salt=salt)
+        result = run_out(engine)[0]["it"]
+        assert result.token_ids == alone(folder, OTHER)
+        return result.num_cached_tokens
+
+    assert [cached(b""), cached(b""), cached(b"a"), cached(b"a"), cached(b"")] == [0, 16, 0, 16, 16]
+
+
+def test_no_salt_looks_like_the_length_of_a_prompt(tmp_path: Path) -> None:
+    """With `dynamic` frequencies keys of a long prompt depend on its length, which is a part of their pages' names."""
+    dynamic = byte_engine(write_model(tiny_model("llama-rope_dynamic"), tmp_path))
+    salts = [b"", b"\0" * 8, (30).to_bytes(8, "little")]
+    names = {salt + dynamic.runner.prompt_salt(length) for salt in salts for length in (5, 16, 17, 30)}
+    assert len(names) == 3 * 3  # lengths up to 16 are alike
