@@ -6,7 +6,7 @@ Shapes: `W` windows, `S` positions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -73,7 +73,10 @@ def write_windows(
         TextError: the model has neither a BOS nor an end token to start from, or it writes nothing but end tokens.
         NumericalError: the model gives logits that are not numbers.
     """
-    start = bos_token_id if bos_token_id is not None else next(iter(writing.eos_token_ids), None)
+    # Some configs name end tokens that their vocabulary does not have.
+    known = tuple(token for token in writing.eos_token_ids if token < decoder.spec.vocab_size)
+    writing = replace(writing, eos_token_ids=known)
+    start = bos_token_id if bos_token_id is not None else next(iter(known), None)
     if start is None:
         raise _no_text("a BOS or an end token to start from", "neither in tokenizer and config")
     settings = EngineSettings(max_length=window_size + 1, max_running=_RUNNING, prefix_cache=False)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_models import TINY_MODELS, random_tokens, reference_model, save_reference
 
+from optgptq.bundled import bundled_path
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.kernels import paged_attention as plain
 from optgptq.kernels.attention_choice import AttentionChoice
@@ -49,8 +50,10 @@ class Case:
     """A model with one kind of attention, and what each request gives alone."""
 
     def __init__(self, name: str, dtype: torch.dtype, folder: Any) -> None:
-        tiny = next(tiny for tiny in TINY_MODELS if tiny.name == name)
-        save_reference(reference_model(tiny), folder)
+        if name == "story-llama":
+            folder = bundled_path("bundled:story-llama")
+        else:
+            save_reference(reference_model(next(tiny for tiny in TINY_MODELS if tiny.name == name)), folder)
         self._load = partial(load_decoder, CheckpointFolder.open(folder), dtype=dtype)
         # As many texts as there are prompts, each with its own memory.
         self.alone = [self.run([number])[0] for number in range(len(PROMPTS))]
@@ -75,6 +78,8 @@ class Case:
 @pytest.fixture(
     scope="module",
     params=[
+        ("story-llama", torch.float32, "native"),
+        ("story-llama", torch.bfloat16, "native"),
         ("llama-grouped_query", torch.float32, "native"),
         ("llama-grouped_query", torch.bfloat16, "native"),
         ("llama-grouped_query", torch.float32, "torch"),

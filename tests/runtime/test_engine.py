@@ -16,6 +16,7 @@ from support.engines import (
     saying,
     write_byte_model,
 )
+from support.quantizable import tiny_model, write_model
 
 from optgptq.runtime.engine import Engine
 from optgptq.runtime.results import Completion
