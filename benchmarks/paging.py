@@ -21,7 +21,7 @@ from measure.process import BenchmarkError  # noqa: E402 - torch must be loaded 
 from measure.random_mpt import random_mpt  # noqa: E402
 from measure.report import Report, finish, median_and_spread, new_parser  # noqa: E402
 from measure.serving import LONGEST_PROMPT, NEW_TOKENS, Outcome, engine_run, mixed_job  # noqa: E402
-from measure.story_mpt import story_mpt  # noqa: E402
+from measure.story_mpt import STEPS, story_mpt  # noqa: E402
 
 from optgptq.runtime.engine_settings import EngineSettings  # noqa: E402
 
@@ -42,7 +42,7 @@ def main() -> int:
     arguments = parser.parse_args()
     report = Report(name="paging", title="Pages, prefix cache and shared key/value heads, ALiBi", columns=COLUMNS)
     models = arguments.work / "models"
-    steps = 20 if arguments.quick else 1200
+    steps = 20 if arguments.quick else STEPS
     _measure(report, "story-mpt", story_mpt(models, steps=steps), arguments)
     _measure(report, "random-mpt", random_mpt(models, num_layers=arguments.layers), arguments)
     report.notes.append(

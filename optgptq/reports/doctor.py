@@ -16,9 +16,13 @@ import torch
 import optgptq
 from optgptq.environment import read_environment
 from optgptq.kernels import KernelChoice, choose_affine_matmul, choose_binary_matmul
+from optgptq.kernels.attention_choice import choose_attention
+from optgptq.kernels.packed_dense import packs
 from optgptq.memory import available_memory_bytes, total_memory_bytes
 from optgptq.native.library import load_library
 
+# That of most models.
+_HEAD_DIM = 128
 _PACKAGES = (
     "torch",
     "safetensors",
@@ -82,6 +86,7 @@ def examine(folder: Path) -> DoctorReport:
         for choose in (choose_affine_matmul, choose_binary_matmul)
         for name in reversed(kinds.values())
     ]
+    attention = [_attention_line(name) for name in reversed(kinds.values())]
     return DoctorReport(
         versions=_versions(),
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
@@ -92,7 +97,7 @@ def examine(folder: Path) -> DoctorReport:
         free_disk_bytes=shutil.disk_usage(folder).free,
         disk_folder=str(folder),
         devices=devices,
-        kernels=(*products, _solver_line(), _moment_line()),
+        kernels=(*products, *attention, _dense_line(), _solver_line(), _moment_line()),
         offline=read_environment().offline,
     )
 
@@ -127,6 +132,20 @@ def _kernel_line(device: str, choose: Callable[[torch.device, torch.dtype], Kern
     # Models run in a 16-bit type on a GPU, and mostly in float32 on a processor.
     choice = choose(place, torch.float32 if place.type == "cpu" else torch.float16)
     return KernelLine(operation=choice.operation, device=device, name=choice.name, reason=choice.reason)
+
+
+def _attention_line(device: str) -> KernelLine:
+    place = torch.device(device)
+    choice = choose_attention(place, torch.float32 if place.type == "cpu" else torch.float16, _HEAD_DIM)
+    return KernelLine(operation="paged_attention", device=device, name=choice.name, reason=choice.reason)
+
+
+def _dense_line() -> KernelLine:
+    if packs(torch.device("cpu"), torch.float32):
+        reason = "dense products of a running model with weights laid out once, by oneDNN"
+        return KernelLine(operation="dense_matmul", device="cpu", name="packed", reason=reason)
+    reason = "dense products by torch, which lays weights out again at each call: this build has no oneDNN"
+    return KernelLine(operation="dense_matmul", device="cpu", name="torch", reason=reason)
 
 
 def _solver_line() -> KernelLine:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 import optgptq
-from optgptq.native.library import Library
-from optgptq.reports import doctor, memory
+from optgptq import memory
+from optgptq.native.library import Library, load_library
+from optgptq.reports import doctor
 from optgptq.reports.doctor import examine
 
 
@@ -26,6 +27,10 @@ def test_the_report_says_what_this_process_has(tmp_path):
     assert (first.operation, first.device, first.name) == ("affine_matmul", "cpu", "reference")
     planes = [line for line in report.kernels if line.operation == "binary_matmul"]
     assert (planes[0].device, planes[0].name) == ("cpu", "torch")
+    (attention,) = [line for line in report.kernels if line.operation == "paged_attention" and line.device == "cpu"]
+    assert attention.name == ("torch" if load_library() is None else "native")
+    (dense,) = [line for line in report.kernels if line.operation == "dense_matmul"]
+    assert dense.name in ("packed", "torch")
 
 
 def test_the_report_says_who_runs_the_inner_loops(tmp_path, monkeypatch):
