@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import isnan
 
 import torch
@@ -133,7 +133,7 @@ class Engine:
             request=request,
             prompt=prompt if isinstance(prompt, str) else None,
             seed=self._seed(params, number),
-            texts=[TextState.start(text, self.tokenizer, max_length=self.max_length, stream=stream) for text in texts],
+            texts=self._start(texts, stream=stream),
         )
         return name
 
@@ -178,6 +178,14 @@ class Engine:
         """Return ids and results of the requests that have ended since the last call."""
         results, self._results = self._results, []
         return results
+
+    def _start(self, texts: Sequence[Text], *, stream: bool) -> list[TextState]:
+        try:
+            return [TextState.start(text, self.tokenizer, max_length=self.max_length, stream=stream) for text in texts]
+        except BaseException:
+            # A tokenizer that cannot spell the prompt: nothing of the request is left behind.
+            self.scheduler.cancel(texts[0].request.request_id, "error")
+            raise
 
     def _seed(self, params: SamplingParams, number: int) -> int:
         if params.seed is not None:

@@ -212,3 +212,17 @@ def test_a_table_of_positions_cannot_be_outgrown(tmp_path: Path) -> None:
     engine = byte_engine(folder, max_length=None, deterministic=True)
     name = engine.submit(PROMPT, SamplingParams(max_tokens=None, ignore_eos=True))
     assert len(run_out(engine)[0][name].token_ids) == 32 - len(PROMPT)
+
+
+def test_a_tokenizer_that_cannot_spell_the_prompt_fails_that_request(
+    folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.submit(OTHER, GREEDY, request_id="good")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine.tokenizer), "decode", lambda *what, **how: [][0])
+        with pytest.raises(IndexError):
+            engine.submit(PROMPT, GREEDY, request_id="bad")
+    results, _ = run_out(engine)
+    assert list(results) == ["good"]
+    assert results["good"].token_ids == alone(folder, OTHER)
+    assert nothing_is_held(engine)
