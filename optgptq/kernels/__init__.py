@@ -54,12 +54,11 @@ class KernelChoice(Generic[Weight]):
 
 
 def choose_affine_matmul(
-    device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False
+    device: torch.device, dtype: torch.dtype
 ) -> KernelChoice[AffineWeight] | KernelChoice[PackedAffine]:
     """Return the kernel that multiplies with affine weights on `device` in `dtype`; plain torch runs anywhere.
 
     That of triton runs on CUDA and HIP devices, both of which torch calls `cuda`; triton is imported here, if at all.
-    With `batch_invariant` a row of its output has the same bits in every batch; plain torch promises that nowhere.
     """
     plain = f"plain torch (dequantize, then matmul) on {_place(device, dtype)}"
     if device.type != "cuda":
@@ -76,10 +75,8 @@ def choose_affine_matmul(
     return KernelChoice(
         operation="affine_matmul",
         name="triton",
-        reason=f"{words}, in blocks of {triton_affine.LEAST_BLOCK_T} tokens for the same bits in every batch"
-        if batch_invariant
-        else f"{words}; made dense once per call for more than {most} tokens",
-        call=triton_affine.invariant_affine_matmul if batch_invariant else triton_affine.affine_matmul,
+        reason=f"{words}; made dense once per call for more than {most} tokens",
+        call=triton_affine.affine_matmul,
         weight_type=PackedAffine,
     )
 

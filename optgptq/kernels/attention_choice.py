@@ -18,6 +18,8 @@ PagedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PagedBatch,
 """`query_TND, keys_ZKDY, values_ZKYD, batch, rule`; gives `[T, N, D]`."""
 
 
+# Wider heads were compiled too: programs that take all segments then keep registers in memory.
+_WIDEST_HEAD = 256
 _FAST_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,6 +33,7 @@ class AttentionChoice:
         store: writes keys and values into pages.
         attend: reads them.
         rows_are_independent: a token's result has the same bits in every step, whatever else is in it.
+        can_be_recorded: nothing is read back from the device, so a graph can hold it.
         is_makeshift: there is a faster one for the device, which cannot run here; worth a warning.
     """
 
@@ -39,6 +42,7 @@ class AttentionChoice:
     store: StoreTokens
     attend: PagedAttention
     rows_are_independent: bool
+    can_be_recorded: bool = False
     is_makeshift: bool = False
 
 
@@ -56,7 +60,8 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
             attend=native.paged_attention,
             rows_are_independent=True,
         )
-    if device.type == "cuda" and dtype in _FAST_TYPES and find_spec("triton") is not None:
+    has_triton = find_spec("triton") is not None
+    if device.type == "cuda" and dtype in _FAST_TYPES and has_triton and head_dim <= _WIDEST_HEAD:
         from optgptq.kernels import triton_attention
 
         return AttentionChoice(
@@ -65,8 +70,9 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
             store=triton_attention.store_tokens,
             attend=triton_attention.paged_attention,
             rows_are_independent=True,
+            can_be_recorded=True,
         )
-    lost = _what_is_lost(device, dtype)
+    lost = _what_is_lost(device, dtype, head_dim)
     return AttentionChoice(
         name="torch",
         reason=f"plain torch on {place}: {lost or 'the only one for this device and dtype'}",
@@ -77,12 +83,14 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     )
 
 
-def _what_is_lost(device: torch.device, dtype: torch.dtype) -> str | None:
+def _what_is_lost(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Say why a faster implementation that there is for the device does not run; None where there is none."""
     if dtype not in _FAST_TYPES:
         return None
     if device.type == "cpu":
         return "the compiled loops, which are faster, are not built"
+    if device.type == "cuda" and head_dim > _WIDEST_HEAD:
+        return f"the triton kernel, which is faster, takes heads of up to {_WIDEST_HEAD} features"
     if device.type == "cuda":
         return "triton, whose kernel is faster, is not installed: `pip install optgptq[triton]`"
     return None

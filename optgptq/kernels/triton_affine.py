@@ -21,8 +21,6 @@ from optgptq.kernels.triton_source import sum_of_partials
 MOST_MATRIX_TOKENS = 64
 # What the matrix unit takes at least. A product in blocks of so many tokens gives a row the same bits in every batch.
 LEAST_BLOCK_T = 16
-# Tokens that such a product takes at once: they bound its memory for sums, and no row depends on them.
-MOST_INVARIANT_TOKENS = 512
 SUM_BLOCK_O = 256
 # A device of 100 to 300 processors has a few programs for each. The number does not depend on the device or on the
 # tokens: the same inputs give the same sums, alone or in a batch.
@@ -110,24 +108,6 @@ def affine_matmul(x: torch.Tensor, weight: PackedAffine, *, bias_O: torch.Tensor
             output_TO = torch.nn.functional.linear(x_TI, dense(weight, x.dtype), bias_O)
         else:
             output_TO = _by_words(x_TI, weight, bias_O, token_block(x_TI.shape[0]))
-    return output_TO.reshape(*x.shape[:-1], weight.out_features)
-
-
-def invariant_affine_matmul(
-    x: torch.Tensor, weight: PackedAffine, *, bias_O: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return `x @ weight.T + bias` as `affine_matmul` does, each row with the same bits in every batch of any size.
-
-    All tokens go in blocks of 16 through one and the same program, which reads the words once for each block: for many
-    tokens it takes several times as long.
-    """
-    x_TI = weight.ordered(x).reshape(-1, weight.in_features).contiguous()
-    with torch.cuda.device(x.get_device()):
-        parts = [
-            _by_words(x_TI[begin : begin + MOST_INVARIANT_TOKENS], weight, bias_O, LEAST_BLOCK_T)
-            for begin in range(0, max(len(x_TI), 1), MOST_INVARIANT_TOKENS)
-        ]
-    output_TO = parts[0] if len(parts) == 1 else torch.cat(parts)
     return output_TO.reshape(*x.shape[:-1], weight.out_features)
 
 

@@ -8,6 +8,7 @@ Shapes: `R` rows of a bucket, each one token of a text; `P` pages of a row of a 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ import torch
 
 from optgptq.kernels.paged_attention import PagedBatch
 from optgptq.runtime.step_batch import StepBatch
+
+logger = logging.getLogger(__name__)
 
 RunStep = Callable[[StepBatch], torch.Tensor]
 Replay = Callable[[], torch.Tensor]
@@ -45,23 +48,29 @@ def bucket_of(num_rows: int, max_context: int, *, max_length: int) -> Bucket:
     return Bucket(rows, min(context, max(max_length, max_context)))
 
 
-def capture_on_device(run: Callable[[], torch.Tensor]) -> Replay:
-    """Record what `run` does on the current CUDA or HIP device; the result of a replay is overwritten by the next."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_RUNS):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
+class DeviceRecorder:
+    """Records on the current CUDA or HIP device. All graphs share one pool of memory: only one runs at a time."""
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
 
-    return replay
+    def __call__(self, run: Callable[[], torch.Tensor]) -> Replay:
+        """Record what `run` does; the result of a replay is overwritten by the next one of any graph."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_RUNS):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return output
+
+        return replay
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -105,10 +114,25 @@ class DecodeGraphs:
         if recorded is None:
             static = self._buffers(bucket, len(batch.groups))
             _fill(static, batch)
-            recorded = _Recorded(batch=static, replay=self.capture(lambda: self.run(static)))
+            recorded = _Recorded(batch=static, replay=self._record(bucket, static))
             self._graphs[bucket] = recorded
         _fill(recorded.batch, batch)
         return recorded.replay()[:num_rows]
+
+    def _record(self, bucket: Bucket, static: StepBatch) -> Replay:
+        def run() -> torch.Tensor:
+            return self.run(static)
+
+        try:
+            return self.capture(run)
+        except torch.OutOfMemoryError:
+            logger.warning(
+                "no memory to record decode steps of %d texts with up to %d tokens: they run unrecorded, slower; "
+                "a smaller memory_share leaves more",
+                bucket.rows,
+                bucket.context,
+            )
+            return run
 
     def _buffers(self, bucket: Bucket, num_groups: int) -> StepBatch:
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:

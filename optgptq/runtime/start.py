@@ -14,7 +14,7 @@ from optgptq.models.decoder import Decoder
 from optgptq.models.spec import DecoderSpec
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.fused_linears import fuse_linears
-from optgptq.runtime.graphs import capture_on_device
+from optgptq.runtime.graphs import DeviceRecorder
 from optgptq.runtime.memory_plan import MemoryPlan, plan_memory
 from optgptq.runtime.packed_linears import pack_linears
 from optgptq.runtime.page_pool import PagePool
@@ -52,6 +52,7 @@ def start_runner(decoder: Decoder, settings: EngineSettings) -> tuple[Runner, Sc
     level = logging.WARNING if attention.is_makeshift else logging.INFO
     logger.log(level, "%s kernel for attention: %s", attention.name, attention.reason)
     pool = PagePool.allocate(plan, spec, dtype=decoder.dtype, device=device)
+    records = device.type == "cuda" and settings.graphs and attention.can_be_recorded
     fused = fuse_linears(decoder)
     pack_linears(fused)
     runner = Runner.start(
@@ -59,7 +60,7 @@ def start_runner(decoder: Decoder, settings: EngineSettings) -> tuple[Runner, Sc
         pool,
         attention,
         deterministic=settings.deterministic,
-        capture=capture_on_device if device.type == "cuda" and settings.graphs else None,
+        capture=DeviceRecorder() if records else None,
     )
     return runner, scheduler_settings(plan, spec, settings, step_tokens=step_tokens, max_running=running)
 
@@ -104,7 +105,9 @@ def _budget_bytes(decoder: Decoder, settings: EngineSettings, step_tokens: int) 
         available = available_memory_bytes()
         return int(share * (_UNKNOWN_MEMORY_BYTES if available is None else available))
     free, _ = torch.cuda.mem_get_info(decoder.device)
-    return int(share * max(free - step_bytes(decoder.spec, step_tokens, decoder.dtype.itemsize), 0))
+    # Once for a step that runs, once for what recorded steps keep.
+    used = 2 * step_bytes(decoder.spec, step_tokens, decoder.dtype.itemsize)
+    return int(share * max(free - used, 0))
 
 
 def step_bytes(spec: DecoderSpec, step_tokens: int, number_bytes: int) -> int:

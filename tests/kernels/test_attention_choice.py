@@ -42,7 +42,10 @@ def test_where_there_is_nothing_faster_torch_is_none(device: str, dtype: torch.d
 def test_a_gpu_takes_triton_and_says_where_it_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     choice = choose_attention(torch.device("cuda"), torch.bfloat16, 128)
-    assert (choice.name, choice.is_makeshift) == ("triton", False)
+    assert (choice.name, choice.is_makeshift, choice.can_be_recorded) == ("triton", False, True)
+    wide = choose_attention(torch.device("cuda"), torch.bfloat16, 320)
+    assert (wide.name, wide.is_makeshift, wide.can_be_recorded) == ("torch", True, False)
+    assert "heads of up to 256 features" in wide.reason
     monkeypatch.setattr(attention_choice, "find_spec", lambda name: None)
     choice = choose_attention(torch.device("cuda"), torch.bfloat16, 128)
     assert (choice.name, choice.is_makeshift) == ("torch", True)

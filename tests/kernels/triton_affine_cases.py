@@ -18,7 +18,7 @@ from optgptq.affine_weight import AffineWeight
 from optgptq.kernels import triton_affine
 from optgptq.kernels.device_kind import DeviceKind
 from optgptq.kernels.packed_affine import PackedAffine, pack_affine
-from optgptq.kernels.triton_affine import MOST_MATRIX_TOKENS, affine_matmul, invariant_affine_matmul
+from optgptq.kernels.triton_affine import MOST_MATRIX_TOKENS, affine_matmul
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -63,12 +63,9 @@ def inputs(tokens: int, dtype: torch.dtype, *, columns: int = COLUMNS) -> torch.
     return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
 
 
-def on_device(
-    x: torch.Tensor, packed: PackedAffine, bias_O: torch.Tensor | None = None, **options: bool
-) -> torch.Tensor:
-    call = invariant_affine_matmul if options.get("invariant") else affine_matmul
+def on_device(x: torch.Tensor, packed: PackedAffine, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     bias = None if bias_O is None else bias_O.to(DEVICE)
-    return call(x.to(DEVICE), packed.to(DEVICE), bias_O=bias).cpu()
+    return affine_matmul(x.to(DEVICE), packed.to(DEVICE), bias_O=bias).cpu()
 
 
 def error_of(output: torch.Tensor, x: torch.Tensor, weight: AffineWeight, bias_O: torch.Tensor) -> float:
@@ -125,8 +122,7 @@ def test_inputs_of_zero_give_the_bias_alone():
     bias_O = torch.linspace(-1, 1, ROWS).half()
     assert torch.equal(on_device(torch.zeros(3, COLUMNS).half(), packed, bias_O), bias_O.expand(3, -1))
     assert not on_device(torch.zeros(3, COLUMNS).half(), packed).any()
-    for invariant in (False, True):
-        assert on_device(torch.zeros(0, COLUMNS).half(), packed, invariant=invariant).shape == (0, ROWS)
+    assert on_device(torch.zeros(0, COLUMNS).half(), packed).shape == (0, ROWS)
 
 
 def test_other_leading_dimensions_and_a_single_row_are_kept():
@@ -138,16 +134,14 @@ def test_other_leading_dimensions_and_a_single_row_are_kept():
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_rows_do_not_depend_on_the_batch(dtype, monkeypatch):
-    """Within a class of kernels, and everywhere where that is asked for."""
-    monkeypatch.setattr(triton_affine, "MOST_INVARIANT_TOKENS", 48)
+def test_rows_do_not_depend_on_the_batch(dtype):
+    """Within a class of kernels."""
     packed = pack_affine(affine_weight(ROWS, 1280, bits=2, group_size=128))
     assert triton_affine.split_plan(packed, DeviceKind(is_hip=False, wave_size=32)).num_splits == 2
-    x = inputs(66, dtype, columns=1280)
-    batched = on_device(x, packed, invariant=True)
-    assert torch.equal(on_device(x[65:], packed, invariant=True)[0], batched[65])
-    assert torch.equal(on_device(x[:16], packed), batched[:16])
+    x = inputs(16, dtype, columns=1280)
+    batched = on_device(x, packed)
     assert torch.equal(on_device(x[3:4], packed)[0], batched[3])
+    assert torch.equal(on_device(x[5:12], packed), batched[5:12])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

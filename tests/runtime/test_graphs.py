@@ -72,6 +72,16 @@ def test_each_bucket_is_recorded_once():
     assert len(recorded) == len(engine.runner.graphs.buckets) <= 4
 
 
+def test_without_memory_to_record_a_step_runs_as_it_is(caplog):
+    def refuse(run):
+        raise torch.OutOfMemoryError("no memory")
+
+    expected = [result.token_ids for result in generate(engine_with(None), PROMPTS, GREEDY)]
+    assert [result.token_ids for result in generate(engine_with(refuse), PROMPTS, GREEDY)] == expected
+    assert "run unrecorded" in caplog.text
+    assert caplog.text.count("8 texts") == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_recorded_steps_on_a_gpu():
