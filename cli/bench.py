@@ -80,7 +80,7 @@ def bench(  # noqa: PLR0913 - the parameters of a command are its options
                 **_record(report),
             }
         )
-    elif not quiet:
+    else:
         write_result(_page(report, num_requests=requests))
 
 

@@ -25,7 +25,7 @@ from .options import (
 )
 from .output import write_json, write_note, write_piece, write_result
 from .record import require_writable
-from .requests import read_requests, wants_stream
+from .requests import read_requests, require_place_for_logprobs, wants_stream
 from .texts import json_record, page, shown_prompt, summary, text_records
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def generate(  # noqa: PLR0913 - the parameters of a command are its options
     num_texts: Annotated[int, typer.Option("-n", help="Texts for each prompt.")] = 1,
     logprobs: Annotated[
         int | None,
-        typer.Option("--logprobs", help="Report so many likeliest tokens with each one.", show_default=False),
+        typer.Option("--logprobs", help="With --json or --output: so many likeliest tokens.", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
@@ -133,6 +133,7 @@ def generate(  # noqa: PLR0913 - the parameters of a command are its options
     }
     settings = {"deterministic": deterministic, **field_values(engine_set or (), SETTING_FIELDS, option="--set")}
     requests = read_requests(prompts or [], prompt_file, values, chat=chat, system=system)
+    require_place_for_logprobs(requests, has_place=as_json or output is not None)
     streams = wants_stream(stream, requests, as_json=as_json)
     if output is not None:
         require_writable(output, option="--output")

@@ -74,7 +74,7 @@ def group(  # noqa: PLR0913 - the parameters of a command are its options
                 "warnings": list(result.warnings),
             }
         )
-    elif not quiet:
+    else:
         write_result(_summary(result))
 
 

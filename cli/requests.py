@@ -44,6 +44,23 @@ def read_requests(
     return [request.as_chat(system) for request in requests] if chat else requests
 
 
+def require_place_for_logprobs(requests: Sequence[PromptRequest], *, has_place: bool) -> None:
+    """Check that logprobs, where they are asked for, are not computed for nobody.
+
+    Raises:
+        UsageError: they are, and only text is printed.
+    """
+    from optgptq.errors import UsageError
+
+    if not has_place and any(request.params.logprobs is not None for request in requests):
+        raise UsageError(
+            "--logprobs",
+            expected="--json or --output beside it: printed text has no logprobs",
+            found="neither",
+            action="Add --json, or --output FILE.",
+        )
+
+
 def wants_stream(wanted: bool | None, requests: Sequence[PromptRequest], *, as_json: bool) -> bool:
     """Return whether text is printed as it is written.
 

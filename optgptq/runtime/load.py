@@ -73,6 +73,8 @@ def load_model(
             unfit.append((name, kind.parts))
         return Linear(weight.dequantize(dtype).to(device), bias_O)
 
+    if weights == "dense":
+        _say_decoded(len(layouts), form, dtype)
     decoder = load_decoder(folder, dtype=dtype, device=device, supply_linear=supply, supplied=tuple(layouts))
     if unfit:
         first, parts = unfit[0]
@@ -85,6 +87,11 @@ def load_model(
             layouts[first].group_size,
         )
     return decoder
+
+
+def _say_decoded(num_linears: int, form: CheckpointFormat, dtype: torch.dtype) -> None:
+    number = str(dtype).removeprefix("torch.")
+    logger.info("%d quantized linears (%s) are decoded once and held dense in %s", num_linears, form.name, number)
 
 
 @dataclass(slots=True, kw_only=True)

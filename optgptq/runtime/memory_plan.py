@@ -132,14 +132,9 @@ def plan_memory(
 
     length = wanted if fits(wanted) else _longest(fits, wanted)
     if length < 2 or (max_length is not None and length < max_length):
-        raise CapacityError(
-            "memory for keys and values",
-            expected=f"{_bytes_of_texts(groups_for(wanted), 1):,} bytes for one text of {wanted:,} tokens",
-            found=f"{budget_bytes:,} bytes",
-            action=f"Give more memory (kv_cache_bytes), or set max_length to {length} or less."
-            if length >= 2
-            else "Give more memory (kv_cache_bytes), or use a smaller model.",
-        )
+        # Where nobody asked for a length, a page is enough to begin with.
+        needed = max_length or min(wanted, page_size)
+        raise _no_room(needed, _bytes_of_texts(groups_for(needed), 1), budget_bytes=budget_bytes, fitting=length)
     groups = groups_for(length)
     texts = min(max_running, _texts_that_fit(groups, budget_bytes))
     pages = [group.pages_per_text * texts + 1 for group in groups]
@@ -151,6 +146,16 @@ def plan_memory(
             number + int(group.pages_per_text * left // per_text) for number, group in zip(pages, groups, strict=True)
         ]
     return MemoryPlan(groups=groups, num_pages=tuple(pages), page_size=page_size, max_length=length)
+
+
+def _no_room(needed: int, needed_bytes: int, *, budget_bytes: int, fitting: int) -> CapacityError:
+    other = f"set max_length to {fitting} or less" if fitting >= 2 else "use a smaller model"
+    return CapacityError(
+        "memory for keys and values",
+        expected=f"{needed_bytes:,} bytes for one text of {needed:,} tokens",
+        found=f"{budget_bytes:,} bytes",
+        action=f"Give more memory (kv_cache_bytes), or {other}.",
+    )
 
 
 def _bytes_of_texts(groups: tuple[LayerGroup, ...], texts: int) -> int:

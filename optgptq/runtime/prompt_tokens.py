@@ -13,7 +13,7 @@ Prompt = str | Sequence[int]
 
 
 def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, *, where: str, vocab_size: int) -> tuple[int, ...]:
-    """Return the tokens of a prompt: of text with a BOS where the tokenizer adds one, token ids as they are.
+    """Return the tokens of a prompt: those of text as `text_ids` begins it, token ids as they are.
 
     Args:
         prompt: text or token ids; whole numbers of any kind, a tensor of them too.
@@ -23,7 +23,7 @@ def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, *, where: str,
 
     Raises:
         UsageError: text that there is no tokenizer for or that UTF-8 cannot hold, or token ids that the model does not
-            have. An empty prompt is not refused here.
+            have. Where nothing is left to begin with, that is not refused here.
     """
     ids = tuple(_encode(prompt, tokenizer, where) if isinstance(prompt, str) else _whole_numbers(prompt, where))
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
@@ -34,6 +34,20 @@ def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, *, where: str,
             action="Use the tokenizer that belongs to the model.",
         )
     return ids
+
+
+def text_ids(text: str, tokenizer: Tokenizer, *, bos: bool | None = None) -> list[int]:
+    """Return the tokens of a text; none for an empty one without BOS.
+
+    Args:
+        text: what UTF-8 can hold.
+        tokenizer: of the model.
+        bos: begin with the BOS token, if there is one; None: where the tokenizer has that habit, and where there is
+            nothing else to begin with.
+    """
+    ids = tokenizer.encode(text)
+    wanted = (tokenizer.adds_bos or not ids) if bos is None else bos
+    return [tokenizer.bos_token_id, *ids] if wanted and tokenizer.bos_token_id is not None else ids
 
 
 def is_token_id(value: object) -> bool:
@@ -59,8 +73,7 @@ def _encode(prompt: str, tokenizer: Tokenizer | None, where: str) -> Sequence[in
             found=f"{prompt[error.start]!r} at character {error.start}, one half of a pair",
             action="Correct how the text is read, or replace such characters.",
         ) from error
-    ids, bos = tokenizer.encode(prompt), tokenizer.bos_token_id
-    return [bos, *ids] if tokenizer.adds_bos and bos is not None else ids
+    return text_ids(prompt, tokenizer)
 
 
 def _whole_numbers(prompt: Iterable[SupportsIndex], where: str) -> list[int]:

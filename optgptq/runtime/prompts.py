@@ -10,6 +10,7 @@ from optgptq.data.tokenizer import Tokenizer
 from optgptq.errors import OptGPTQError, TextError
 from optgptq.runtime.engine import Engine
 from optgptq.runtime.llm import generate
+from optgptq.runtime.prompt_tokens import text_ids
 from optgptq.runtime.results import GenerationResult, Piece
 from optgptq.scheduling.sampling_params import SamplingParams
 
@@ -78,13 +79,9 @@ def prompt_ids(request: PromptRequest, tokenizer: Tokenizer | None, *, bos: bool
             request.where, expected="token ids: the model has no tokenizer", found="text", action="Give token ids."
         )
     if request.messages is not None:
-        text, wanted = tokenizer.render_chat(request.messages, add_generation_prompt=True), bool(bos)
-        ids = tokenizer.encode(text)
+        ids = text_ids(tokenizer.render_chat(request.messages, add_generation_prompt=True), tokenizer, bos=bool(bos))
     else:
-        ids = tokenizer.encode(request.text or "")
-        wanted = (tokenizer.adds_bos or not ids) if bos is None else bos
-    if wanted and tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
+        ids = text_ids(request.text or "", tokenizer, bos=bos)
     if not ids:
         raise TextError(
             request.where,

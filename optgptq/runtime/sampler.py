@@ -155,5 +155,5 @@ def _nothing_left() -> OptGPTQError:
         "logits after the sampling parameters",
         expected="numbers, the greatest of them finite",
         found="no token that can be chosen",
-        action="Change logits_processors, logit_bias or min_tokens so that some token is left.",
+        action="Change logits_processors, logit_bias, min_tokens or the penalties so that some token is left.",
     )

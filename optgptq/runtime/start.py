@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from optgptq.errors import UsageError
+from optgptq.errors import ModelError, UsageError
 from optgptq.kernels.attention_choice import choose_attention
 from optgptq.memory import available_memory_bytes
 from optgptq.models.decoder import Decoder
@@ -31,6 +31,7 @@ def start_runner(decoder: Decoder, settings: EngineSettings) -> tuple[Runner, Sc
     """Return a runner and what its scheduler has to know. The decoder's linears are fused and packed in place.
 
     Raises:
+        ModelError: a model that promises fewer than two positions.
         UsageError: a `max_length` beyond the model's table of positions.
         CapacityError: not even one text fits into the memory.
     """
@@ -66,6 +67,14 @@ def start_runner(decoder: Decoder, settings: EngineSettings) -> tuple[Runner, Sc
 
 
 def _require_positions(spec: DecoderSpec, max_length: int | None) -> None:
+    promised = spec.position_limit or spec.max_position
+    if promised == 1 and (max_length is None or spec.position_limit is not None):
+        raise ModelError(
+            "config.json",
+            expected="at least 2 positions: a token to read and one to write",
+            found="1 (max_position_embeddings, n_positions or max_seq_len)",
+            action="Write the number there that the model was trained with.",
+        )
     if max_length is not None and spec.position_limit is not None and max_length > spec.position_limit:
         raise UsageError(
             "max_length",

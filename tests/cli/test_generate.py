@@ -211,6 +211,8 @@ def test_a_request_that_fails_stops_no_other(tmp_path, capsys):
         (["Tom", "--system", "Be brief."], 2, "Add --chat."),
         (["Tom", "Lily", "--stream"], 2, "found:    2 texts"),
         (["Tom", "--stream", "--json"], 2, "--output has each text"),
+        (["Tom", "--logprobs", "2"], 2, "Add --json, or --output FILE."),
+        (["Tom", "--param", "logprobs=0", "--stream"], 2, "printed text has no logprobs"),
         (["Tom", "--set", "max_runing=3"], 2, "the nearest is max_running"),
         (["Tom", "--set", "page_size=7"], 2, "a multiple of 8"),
         (["Tom", "--set", "page_size=big"], 2, "a whole number"),

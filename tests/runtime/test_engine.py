@@ -69,10 +69,10 @@ def test_a_request_from_its_submission_to_its_result(folder: Path) -> None:
 
 def test_a_bos_is_put_before_text_where_the_tokenizer_does_so(folder: Path, engine: Engine) -> None:
     engine.tokenizer = replace(engine.tokenizer, adds_bos=True)
-    engine.submit("", GREEDY, request_id="empty text")
-    result = run_out(engine)[0]["empty text"]
-    assert result.prompt_token_ids == [0]
-    assert result.token_ids == alone(folder, [0])
+    engine.submit("a", GREEDY, request_id="text")
+    result = run_out(engine)[0]["text"]
+    assert result.prompt_token_ids == [0, *engine.tokenizer.encode("a")]
+    assert result.token_ids == alone(folder, result.prompt_token_ids)
 
 
 def test_a_cancelled_request_keeps_what_it_has_and_others_go_on(folder: Path, engine: Engine) -> None:

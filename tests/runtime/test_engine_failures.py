@@ -142,7 +142,6 @@ def test_a_step_that_fails_takes_its_own_requests_only(
     ("prompt", "changes", "message"),
     [
         ([], {}, "request it: expected a prompt of 1 token or more, found an empty prompt."),
-        ("", {}, "request it: expected a prompt of 1 token or more, found an empty prompt."),
         ([5, 258], {}, "request it: expected token ids from 0 to 257, found 258."),
         ([5, -1], {}, "request it: expected token ids from 0 to 257, found -1."),
         ([5, 6.0], {}, "'float' object cannot be interpreted as an integer. Give whole numbers, or one text."),
@@ -164,6 +163,15 @@ def test_what_is_refused(engine: Engine, prompt: object, changes: dict[str, obje
     assert message in str(caught.value)
     assert nothing_is_held(engine)
     engine.submit([5], GREEDY, request_id="it")  # the name is free again
+
+
+def test_empty_text_needs_a_bos(folder: Path, engine: Engine) -> None:
+    engine.submit("", GREEDY, request_id="begins with it")
+    assert run_out(engine)[0]["begins with it"].token_ids == alone(folder, [0])
+    engine.tokenizer = replace(engine.tokenizer, bos_token_id=None)
+    with pytest.raises(UsageError, match="request it: expected a prompt of 1 token or more, found an empty prompt"):
+        engine.submit("", GREEDY, request_id="it")
+    assert nothing_is_held(engine)
 
 
 def test_text_needs_a_tokenizer(folder: Path) -> None:

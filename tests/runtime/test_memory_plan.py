@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.quantizable import tiny_model, write_model
 from support.tiny_models import TINY_MODELS, reference_model, save_reference
 
 from optgptq.checkpoint.folder import CheckpointFolder
-from optgptq.errors import CapacityError
+from optgptq.errors import CapacityError, ModelError
+from optgptq.models.decoder import load_decoder
 from optgptq.models.registry import model_spec
 from optgptq.models.spec import DecoderSpec
+from optgptq.runtime.engine import Engine
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.memory_plan import DEFAULT_LENGTH, MemoryPlan, plan_memory
 from optgptq.runtime.start import scheduler_settings
@@ -132,8 +136,44 @@ def test_the_length_shrinks_only_where_nobody_asked_for_it(spec) -> None:
         plan_of(model, page)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    windows=st.lists(st.none() | st.integers(1, 90), min_size=1, max_size=4),
+    page_size=st.sampled_from([8, 16, 24]),
+    max_position=st.integers(2, 300),
+)
+def test_where_no_length_is_asked_for_the_least_that_works_is_named(spec, windows, page_size, max_position) -> None:
+    model = replace(with_windows(spec, *windows), max_position=max_position)
+    with pytest.raises(CapacityError) as caught:
+        plan_of(model, 100, page_size=page_size, max_length=None)
+    least = 2 * page_size * slot_bytes(model) * len(windows)
+    shortest = min(page_size, max_position)
+    assert caught.value.expected == f"{least:,} bytes for one text of {shortest} tokens"
+    assert plan_of(model, least, page_size=page_size, max_length=None).max_length >= shortest
+    with pytest.raises(CapacityError):
+        plan_of(model, least - 1, page_size=page_size, max_length=None)
+
+
 def test_the_length_is_the_models_promise(spec) -> None:
     assert plan_of(spec, 10**9, max_length=None).max_length == spec.max_position == 512
     assert plan_of(replace(spec, max_position=None), 10**9, max_length=None).max_length == DEFAULT_LENGTH
     learned = replace(spec, num_learned_positions=50, learned_offset=2)
     assert plan_of(learned, 10**9, max_length=None).max_length == 48
+
+
+@pytest.mark.parametrize("name", ["llama-grouped_query", "gpt2-conv1d"])
+def test_a_model_of_one_position_is_no_question_of_memory(name: str, tmp_path: Path) -> None:
+    limit = {"n_positions" if name.startswith("gpt2") else "max_position_embeddings": 1}
+    decoder = load_decoder(CheckpointFolder.open(write_model(tiny_model(name, **limit), tmp_path)))
+    with pytest.raises(ModelError) as caught:
+        Engine(decoder, None)
+    assert str(caught.value) == (
+        "config.json: expected at least 2 positions: a token to read and one to write, found 1 "
+        "(max_position_embeddings, n_positions or max_seq_len). Write the number there that the model was trained with."
+    )
+    # Rotary frequencies go on for ever, a table of positions does not.
+    if name.startswith("gpt2"):
+        with pytest.raises(ModelError):
+            Engine(decoder, None, EngineSettings(max_length=16))
+    else:
+        assert Engine(decoder, None, EngineSettings(max_length=16)).max_length == 16

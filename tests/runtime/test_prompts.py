@@ -15,6 +15,7 @@ from optgptq.errors import TextError, UsageError
 from optgptq.models.decoder import load_decoder
 from optgptq.runtime.engine import Engine
 from optgptq.runtime.engine_settings import EngineSettings
+from optgptq.runtime.llm import generate
 from optgptq.runtime.prompts import PromptRequest, prompt_ids, require_unicode, run_requests
 from optgptq.scheduling.sampling_params import SamplingParams
 
@@ -102,6 +103,14 @@ def test_results_are_in_order_and_each_is_told_once(engine: Engine) -> None:
     assert pieces == written
     assert all(written.values())
     assert [result.text for result in run_requests(engine, [requests[2]])] == [written[2]]
+
+
+def test_the_engine_reads_an_empty_prompt_in_the_same_way(engine: Engine) -> None:
+    with_bos = generate(engine, [[engine.tokenizer.bos_token_id], "", []], GREEDY)
+    asked = run_requests(engine, [ask(""), ask(token_ids=())])
+    assert with_bos[0].token_ids == with_bos[1].token_ids == asked[0].token_ids
+    refused = with_bos[2].error, asked[1].error
+    assert [(type(error), error.found) for error in refused] == [(UsageError, "an empty prompt")] * 2
 
 
 def test_a_request_to_stop_leaves_the_engine_empty(engine: Engine) -> None:

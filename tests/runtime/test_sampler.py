@@ -215,5 +215,11 @@ def test_a_row_with_nothing_left_fails_alone(temperature):
     assert tokens[1] == SampledToken(token_id=0)
     assert isinstance(tokens[0].error, UsageError)
     assert tokens[0].error.found == "no token that can be chosen"
+    tiny_penalty = SamplingParams(temperature=temperature, repetition_penalty=1e-40)
+    (token,) = sample(torch.ones(1, 3), [row_of(tiny_penalty, prompt=[0])])
+    assert isinstance(token.error, UsageError)
+    assert token.error.action == (
+        "Change logits_processors, logit_bias, min_tokens or the penalties so that some token is left."
+    )
     tokens = sample(torch.full((1, 3), -torch.inf), [row_of(GREEDY)])
     assert isinstance(tokens[0].error, NumericalError)
