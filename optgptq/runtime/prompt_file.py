@@ -29,7 +29,9 @@ def read_prompts(path: Path, values: Mapping[str, Any]) -> list[PromptRequest]:
         UsageError: a value that is wrong.
     """
     if path.suffix == ".jsonl":
-        requests = [_request(where, row, values) for where, row in read_jsonl(path)]
+        # Read to its end first, so that the file is closed whatever is wrong with a line.
+        rows = list(read_jsonl(path))
+        requests = [_request(where, row, values) for where, row in rows]
     elif path.suffix == ".txt":
         # Not splitlines(), for which other characters end lines too.
         lines = read_text(path).removeprefix("\ufeff").split("\n")
