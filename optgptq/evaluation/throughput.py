@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -85,21 +86,21 @@ def serve(
     """
     params = SamplingParams(max_tokens=num_new_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
     times = _Times(clock())
-    names = []
+    held_back = deque(prompts)
     try:
-        for prompt in prompts:
-            names.append(engine.submit(prompt, params, stream=True))
-        while engine.has_work:
+        while held_back or engine.has_work:
+            while held_back and engine.has_room:
+                engine.submit(held_back.popleft(), params, stream=True)
             pieces = engine.step()
             now = clock()
             for piece in pieces:
                 for _ in piece.token_ids:
                     times.note((piece.request_id, piece.index), now)
-    finally:
-        # After an error or Ctrl-C; what has ended stays as it is.
-        for name in names:
-            engine.cancel(name)
         results = engine.take_results()
+    except BaseException:
+        # An error or Ctrl-C: nothing is left behind.
+        engine.reset()
+        raise
     for name, result in results:
         if result.error is not None:
             raise result.error

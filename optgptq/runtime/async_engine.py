@@ -68,7 +68,8 @@ class AsyncEngine:
             salt: prompts share cached pages only with prompts of the same salt.
 
         Raises:
-            UsageError, CapacityError: this request is refused; the others go on. UsageError also if this is closed.
+            UsageError, CapacityError: this request is refused; the others go on. UsageError also if this is closed, or
+                if a logits processor has called `sys.exit()`, which ends the engine.
             NumericalError: the model's logits are not numbers.
             Exception: what the model raised, if it did, to every request.
         """
@@ -118,7 +119,11 @@ class AsyncEngine:
         raise AssertionError("the last answer to a request is its result")
 
     def cancel(self, request_id: str) -> None:
-        """End a request with what it has written so far; nothing happens if it has ended already. Returns at once."""
+        """End a request with what it has written so far; nothing happens if it has ended already. Returns at once.
+
+        Raises:
+            UsageError: the name is no text.
+        """
         self._thread.cancel(request_id)
 
     async def close(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from math import isnan
 
 import torch
 
@@ -14,6 +13,7 @@ from optgptq.errors import OptGPTQError, UsageError
 from optgptq.models.decoder import Decoder
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.prompt_tokens import Prompt, prompt_token_ids
+from optgptq.runtime.request_options import check_options, check_request_id, request_seed
 from optgptq.runtime.results import GenerationResult, Piece
 from optgptq.runtime.sampler import sample
 from optgptq.runtime.sampling_records import SampledToken
@@ -28,13 +28,12 @@ from optgptq.scheduling.usage import Usage
 
 logger = logging.getLogger(__name__)
 
-# Odd, and far from any simple fraction of 2**64 (the golden ratio): neighbouring requests draw from distant streams.
-_SEED_STEP = 0x9E3779B97F4A7C15
-_SEED_MASK = (1 << 63) - 1
-
 
 class Engine:
     """Many requests on one model. Not for several threads at once: `AsyncEngine` gives it one of its own.
+
+    Ctrl-C may come at any time, and leaves an engine that can be used: what it interrupts half-way is thrown away with
+    all requests, see `reset`.
 
     Attributes:
         decoder: the model, its linears fused.
@@ -66,6 +65,8 @@ class Engine:
         self._states: dict[str, RequestState] = {}
         self._results: list[tuple[str, GenerationResult]] = []
         self._num_submitted = 0
+        # An exception has left a change half-way, and what there was is not thrown away yet.
+        self._is_torn = False
 
     @property
     def max_length(self) -> int:
@@ -77,9 +78,24 @@ class Engine:
         """True while a request waits or runs."""
         return bool(self._states)
 
+    @property
+    def has_room(self) -> bool:
+        """False while the queue is full: a request would be refused."""
+        return self.scheduler.has_room
+
     def usage(self) -> Usage:
         """Return how the pages are used, now and at most so far."""
         return self.scheduler.usage()
+
+    def reset(self) -> None:
+        """Drop all requests, results that nobody took, cached prefixes and counts; all pages are free again.
+
+        `submit`, `cancel` and `step` do so themselves after an exception that came in the middle of their work.
+        """
+        self._is_torn = True
+        scheduler = Scheduler(self.scheduler.settings)
+        # Python looks for signals at calls, so that one falls before all of these or after them.
+        self.scheduler, self._states, self._results, self._is_torn = scheduler, {}, [], False
 
     def submit(
         self,
@@ -105,18 +121,20 @@ class Engine:
 
         Raises:
             UsageError: an empty prompt, token ids that the model does not have, a prompt longer than the model, text
-                without a tokenizer, an id in use, a timeout that is not a number.
+                without a tokenizer, an id in use, an argument of a wrong type, a timeout or priority that is no number.
             CapacityError: longer than the memory allows, or the queue is full.
         """
+        self._mend()
         number = self._num_submitted
         self._num_submitted += 1
-        name = request_id if request_id is not None else f"request-{number}"
+        name = f"request-{number}" if request_id is None else request_id
+        check_request_id(name)
+        where = f"request {name}"
+        check_options(where, params=params, priority=priority, timeout_seconds=timeout_seconds, salt=salt)
         if name in self._states:
-            raise UsageError(
-                f"request {name}", expected="a new id", found="one in use", action="Choose another request_id."
-            )
+            raise UsageError(where, expected="a new id", found="one in use", action="Choose another request_id.")
         vocab_size = self.decoder.spec.vocab_size
-        prompt_ids = prompt_token_ids(prompt, self.tokenizer, where=f"request {name}", vocab_size=vocab_size)
+        prompt_ids = prompt_token_ids(prompt, self.tokenizer, where=where, vocab_size=vocab_size)
         params.check_against(vocab_size)
         now = self._clock()
         request = Request(
@@ -125,16 +143,11 @@ class Engine:
             params=params,
             priority=priority,
             arrival=now,
-            deadline=None if timeout_seconds is None else now + _seconds(timeout_seconds, name),
+            deadline=None if timeout_seconds is None else now + timeout_seconds,
             salt=salt + self.runner.prompt_salt(len(prompt_ids)),
         )
-        texts = self.scheduler.submit(request)
-        self._states[name] = RequestState(
-            request=request,
-            prompt=prompt if isinstance(prompt, str) else None,
-            seed=self._seed(params, number),
-            texts=self._start(texts, stream=stream),
-        )
+        seed = request_seed(params, engine_seed=self.settings.seed, number=number)
+        self._take(request, prompt if isinstance(prompt, str) else None, seed=seed, stream=stream)
         return name
 
     def cancel(self, request_id: str) -> list[Piece]:
@@ -142,27 +155,81 @@ class Engine:
 
         Returns what is left to show of its texts, if it streams.
         """
+        self._mend()
         state = self._states.get(request_id)
         if state is None:
             return []
-        self.scheduler.cancel(request_id, "cancelled")
-        return self._settle(state)
+        try:
+            self.scheduler.cancel(request_id, "cancelled")
+            return self._settle(state)
+        except BaseException:
+            self._is_torn = True
+            self.reset()
+            raise
 
     def step(self) -> list[Piece]:
         """Run one step and return what it adds to the texts of requests that stream.
 
         Raises:
-            Exception: what the model raised; the requests of this step are gone, the others can go on.
+            Exception: what the model raised; the requests of this step are gone, the others can go on. After any other
+                exception, Ctrl-C included, all requests are gone.
         """
-        step = self.scheduler.schedule(self._clock())
-        pieces = self._settle_all(step.ended)
-        if not step.parts:
-            return pieces
+        self._mend()
         try:
-            outcomes = self._sample(step, self.runner.run(step))
+            step = self.scheduler.schedule(self._clock())
+            pieces = self._settle_all(step.ended)
+            outcomes = self._outcomes(step)
+            if not isinstance(outcomes, Exception):
+                return pieces + self._finish(step, outcomes)
         except BaseException:
-            self._abandon(step)
+            # No call before this: a second Ctrl-C finds it noted.
+            self._is_torn = True
+            self.reset()
             raise
+        raise outcomes
+
+    def take_results(self) -> list[tuple[str, GenerationResult]]:
+        """Return ids and results of the requests that have ended since the last call."""
+        results, self._results = self._results, []
+        return results
+
+    def _mend(self) -> None:
+        """Begin anew where an exception left a change half-way and another one came while that was thrown away."""
+        if self._is_torn:
+            self.reset()
+
+    def _take(self, request: Request, prompt: str | None, *, seed: int, stream: bool) -> None:
+        """Put a request into the queue; after an exception nothing of it is left behind."""
+        try:
+            texts = self._start(self.scheduler.submit(request), stream=stream)
+            self._states[request.request_id] = RequestState(request=request, prompt=prompt, seed=seed, texts=texts)
+        except Exception:
+            raise  # It was refused, or `_start` has taken it back.
+        except BaseException:
+            self._is_torn = True
+            self.reset()
+            raise
+
+    def _start(self, texts: Sequence[Text], *, stream: bool) -> list[TextState]:
+        try:
+            return [TextState.start(text, self.tokenizer, max_length=self.max_length, stream=stream) for text in texts]
+        except Exception:
+            # A tokenizer that cannot spell the prompt.
+            self.scheduler.cancel(texts[0].request.request_id, "error")
+            raise
+
+    def _outcomes(self, step: Step) -> list[SampledToken] | Exception:
+        """Return the next tokens, or what the model raised; then the requests of the step are gone."""
+        if not step.parts:
+            return []
+        try:
+            return self._sample(step, self.runner.run(step))
+        except Exception as error:  # noqa: BLE001 - the model may raise anything; `step` raises it again
+            self._abandon(step)
+            return error
+
+    def _finish(self, step: Step, outcomes: Sequence[SampledToken]) -> list[Piece]:
+        """Add a step's tokens to its texts and return what can be shown."""
         # A logits processor may have cancelled requests of this very step.
         for text, outcome in zip(step.sampled, outcomes, strict=True):
             if outcome.error is not None and not text.is_finished:
@@ -172,25 +239,7 @@ class Engine:
         for text, outcome in zip(step.sampled, outcomes, strict=True):
             if not text.is_finished:
                 self._add(text, outcome, now)
-        return pieces + self._settle_all(step.sampled)
-
-    def take_results(self) -> list[tuple[str, GenerationResult]]:
-        """Return ids and results of the requests that have ended since the last call."""
-        results, self._results = self._results, []
-        return results
-
-    def _start(self, texts: Sequence[Text], *, stream: bool) -> list[TextState]:
-        try:
-            return [TextState.start(text, self.tokenizer, max_length=self.max_length, stream=stream) for text in texts]
-        except BaseException:
-            # A tokenizer that cannot spell the prompt: nothing of the request is left behind.
-            self.scheduler.cancel(texts[0].request.request_id, "error")
-            raise
-
-    def _seed(self, params: SamplingParams, number: int) -> int:
-        if params.seed is not None:
-            return params.seed
-        return (self.settings.seed + 1 + number * _SEED_STEP) & _SEED_MASK
+        return self._settle_all(step.sampled)
 
     def _sample(self, step: Step, logits_PV: torch.Tensor) -> list[SampledToken]:
         rows, wanted = [], []
@@ -237,16 +286,8 @@ class Engine:
     def _settle(self, state: RequestState) -> list[Piece]:
         """Give out what a request's texts have to show; where all have ended, make its result."""
         pieces = [piece for text in state.texts for piece in text.take_pieces()]
-        if all(text.text.is_finished for text in state.texts):
+        if state.is_finished:
             name = state.request.request_id
             self._results.append((name, state.result(self._clock())))
             del self._states[name]
         return pieces
-
-
-def _seconds(timeout: float, name: str) -> float:
-    if isnan(timeout):
-        raise UsageError(
-            f"request {name}", expected="a timeout in seconds", found="NaN", action="Give timeout_seconds a number."
-        )
-    return timeout

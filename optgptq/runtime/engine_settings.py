@@ -25,7 +25,9 @@ class EngineSettings:
         max_length: positions of a text, prompt included; None for what the model promises, as far as memory allows.
         max_step_tokens: tokens of one step; None for a number that suits the device.
         max_running: texts that are written at the same time; None for a number that suits the device.
-        max_waiting: requests that may wait; None for any number.
+        max_waiting: places in the queue, None for any number. A request that has not begun takes one, whatever its `n`,
+            and so does each text that lost its pages. While all are taken, requests are refused; `LLM` holds its own
+            prompts back instead.
         kv_cache_bytes: memory for keys and values; None for a share of what the device has left.
         memory_share: that share; None for half of a machine's memory, nine tenths of a GPU's.
         prefix_cache: keep pages of what was read, for later prompts that begin alike.
@@ -51,6 +53,7 @@ class EngineSettings:
     aging_steps: int = 256
 
     def __post_init__(self) -> None:
+        self._require_types()
         _require(self.page_size >= 8 and self.page_size % 8 == 0, "page_size", "a multiple of 8", self.page_size)
         counts = {
             "max_length": self.max_length,
@@ -74,6 +77,18 @@ class EngineSettings:
         _require(self.aging_steps >= 1, "aging_steps", "at least 1", self.aging_steps)
         _require(0 <= self.seed < 1 << 62, "seed", "an integer from 0 to 2**62 - 1", self.seed)
 
+    def _require_types(self) -> None:
+        for name in ("page_size", "seed", "aging_steps"):
+            _require(_is_int(getattr(self, name)), name, "a whole number", repr(getattr(self, name)))
+        for name in ("max_length", "max_step_tokens", "max_running", "max_waiting", "kv_cache_bytes"):
+            value = getattr(self, name)
+            _require(value is None or _is_int(value), name, "a whole number or None", repr(value))
+        for name in ("prefix_cache", "deterministic", "graphs"):
+            _require(isinstance(getattr(self, name), bool), name, "True or False", repr(getattr(self, name)))
+        share, watermark = self.memory_share, self.watermark_ratio
+        _require(share is None or _is_number(share), "memory_share", "a number or None", repr(share))
+        _require(_is_number(watermark), "watermark_ratio", "a number", repr(watermark))
+
     def memory_share_of(self, device_type: str) -> float:
         """Return the share of a device's free memory that keys and values may take."""
         return self.memory_share or (CPU_MEMORY_SHARE if device_type == "cpu" else GPU_MEMORY_SHARE)
@@ -87,6 +102,15 @@ class EngineSettings:
         """Return how many texts are written at the same time on a device."""
         usual = CPU_RUNNING if device_type == "cpu" else GPU_RUNNING
         return self.max_running or min(usual, self.step_tokens(device_type))
+
+
+def _is_int(value: object) -> bool:
+    # True is an int for Python; as a count it is a mistake.
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or _is_int(value)
 
 
 def _require(holds: bool, name: str, expected: str, found: object) -> None:

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 
-from optgptq.errors import OptGPTQError, UsageError
+from optgptq.errors import UsageError
 from optgptq.runtime.engine import Engine
 from optgptq.runtime.listener import Listener, Submission
+from optgptq.runtime.request_options import check_request_id
 from optgptq.runtime.results import Piece
-
-# Besides errors of our own, what Python raises for arguments of a wrong type.
-_REFUSALS = (OptGPTQError, TypeError, ValueError, AttributeError)
 
 
 class EngineThread:
@@ -51,7 +49,12 @@ class EngineThread:
         self._put(partial(self._withdraw, submission))
 
     def cancel(self, request_id: str) -> None:
-        """Cancel a request by its name."""
+        """Cancel a request by its name.
+
+        Raises:
+            UsageError: no name.
+        """
+        check_request_id(request_id)
         self._put(partial(self._cancel, request_id))
 
     def close(self) -> None:
@@ -70,20 +73,20 @@ class EngineThread:
             return self._end is None
 
     def _work(self) -> None:
+        end: Exception = _error("one that was closed", "Send requests before close(), or make another engine.")
         try:
             while not self._is_closing:
                 self._obey()
                 self._step()
             for name in tuple(self._listeners):
                 self._cancel(name)
-            end: Exception = UsageError(
-                "asynchronous engine",
-                expected="an open one",
-                found="one that was closed",
-                action="Send requests before close(), or make another engine.",
-            )
         except Exception as error:  # noqa: BLE001 - whoever waits for the thread must hear of any error
             end = error
+        except BaseException as error:  # noqa: BLE001 - the same, and a thread has nobody else to tell
+            # Raised in the loop of whoever waits, `SystemExit` itself would end that loop without a word.
+            found = f"one that {type(error).__name__} has ended"
+            end = _error(found, "Leave sys.exit() out of logits processors, and make another engine.")
+            end.__cause__ = error
         self._finish(end)
 
     def _obey(self) -> None:
@@ -124,7 +127,7 @@ class EngineThread:
                 salt=submission.salt,
                 stream=submission.stream,
             )
-        except _REFUSALS as error:
+        except Exception as error:  # noqa: BLE001 - a prompt's own code may raise anything; others go on
             submission.listener.put(error)
             return
         self._listeners[submission.name] = submission.listener
@@ -151,3 +154,7 @@ class EngineThread:
             listener.put(end)
         while not self._orders.empty():
             self._orders.get()()
+
+
+def _error(found: str, action: str) -> UsageError:
+    return UsageError("asynchronous engine", expected="an open one", found=found, action=action)

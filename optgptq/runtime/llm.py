@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from optgptq.runtime.device import require_device, run_dtype
 from optgptq.runtime.engine import Engine
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.load import HeldWeights, load_model
-from optgptq.runtime.prompt_tokens import Prompt, is_token_id
+from optgptq.runtime.prompt_tokens import Prompt, is_list, is_token_id
 from optgptq.runtime.results import GenerationResult, Piece, failure_result
 from optgptq.scheduling.sampling_params import SamplingParams
 
@@ -131,7 +132,7 @@ class LLM:
             prompts: one or more; text, which gets a BOS token where the tokenizer adds one, or token ids, taken as they
                 are.
             sampling_params: for all prompts, or one for each; None for the defaults of `SamplingParams`.
-            progress: called with texts done and asked for, after each step that ends one.
+            progress: called with prompts done and asked for, after each one that ends.
             on_result: called with the number of a prompt, from 0, and its result, as soon as it is there.
             on_piece: called with the number of a prompt and what was added to its text, after each step.
 
@@ -152,11 +153,13 @@ def generate(
     on_result: Callable[[int, GenerationResult], None] | None = None,
     on_piece: Callable[[int, Piece], None] | None = None,
 ) -> list[GenerationResult]:
-    """Continue prompts on an engine that has nothing else to do; see `LLM.generate`."""
+    """Continue prompts on an engine that has nothing else to do; see `LLM.generate`.
+
+    After an exception the engine is as new: nothing that it has begun is left.
+    """
     several = _prompt_list(prompts)
     params = _params_list(sampling_params, len(several))
     results: dict[int, GenerationResult] = {}
-    waiting: dict[str, int] = {}
 
     def take(index: int, result: GenerationResult) -> None:
         results[index] = result
@@ -164,20 +167,14 @@ def generate(
             on_result(index, result)
 
     try:
-        for index, (prompt, one) in enumerate(zip(several, params, strict=True)):
-            try:
-                waiting[engine.submit(prompt, one, stream=on_piece is not None)] = index
-            except OptGPTQError as error:
-                take(index, failure_result(f"prompt {index + 1}", prompt, error))
-        for index, result in _ended(engine, waiting, on_piece):
+        for index, result in _ended(engine, list(zip(several, params, strict=True)), on_piece):
             take(index, result)
             if progress is not None:
-                progress(len(several) - len(waiting), len(several))
-    finally:
-        # Ctrl-C, or an error of the model: nothing of this call is left behind.
-        for name in waiting:
-            engine.cancel(name)
-        engine.take_results()
+                progress(len(results), len(several))
+    except BaseException:
+        # Ctrl-C, an error of the model or of a callback.
+        engine.reset()
+        raise
     failed = sum(result.error is not None for result in results.values())
     if failed:
         logger.warning("%d of %d prompts failed; `error` of their results says why", failed, len(several))
@@ -185,10 +182,20 @@ def generate(
 
 
 def _ended(
-    engine: Engine, waiting: dict[str, int], on_piece: Callable[[int, Piece], None] | None
+    engine: Engine,
+    requests: Sequence[tuple[Prompt, SamplingParams]],
+    on_piece: Callable[[int, Piece], None] | None,
 ) -> Iterator[tuple[int, GenerationResult]]:
-    """Run steps until nothing of `waiting` is left, and yield what ends, which is taken out of it."""
-    while waiting:
+    """Run steps until all requests have ended, and yield what ends; a full queue gets them as it has room."""
+    held_back = deque(enumerate(requests))
+    waiting: dict[str, int] = {}
+    while held_back or waiting:
+        while held_back and engine.has_room:
+            index, (prompt, params) = held_back.popleft()
+            try:
+                waiting[engine.submit(prompt, params, stream=on_piece is not None)] = index
+            except OptGPTQError as error:
+                yield index, failure_result(f"prompt {index + 1}", prompt, error)
         for piece in engine.step():
             if on_piece is not None and piece.request_id in waiting:
                 on_piece(waiting[piece.request_id], piece)
@@ -198,10 +205,10 @@ def _ended(
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return the prompts; a string is one, and so is what begins with a number."""
-    if isinstance(prompts, str):
-        return [prompts]
-    is_one = len(prompts) > 0 and is_token_id(prompts[0])
+    """Return the prompts. A string is one, so are numbers alone, and so is what is no list: it will be refused."""
+    if isinstance(prompts, str) or not is_list(prompts):
+        return [cast(Prompt, prompts)]
+    is_one = len(prompts) > 0 and all(is_token_id(item) for item in prompts)
     return [cast(Sequence[int], prompts)] if is_one else list(cast(Sequence[Prompt], prompts))
 
 

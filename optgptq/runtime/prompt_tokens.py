@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from operator import index
 from typing import SupportsIndex
 
@@ -10,6 +10,8 @@ from optgptq.data.tokenizer import Tokenizer
 from optgptq.errors import UsageError
 
 Prompt = str | Sequence[int]
+
+_NO_LISTS = (bytes, bytearray, memoryview, Mapping, Set)
 
 
 def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, *, where: str, vocab_size: int) -> tuple[int, ...]:
@@ -22,8 +24,8 @@ def prompt_token_ids(prompt: Prompt, tokenizer: Tokenizer | None, *, where: str,
         vocab_size: token ids of the model run from 0 to one less.
 
     Raises:
-        UsageError: text that there is no tokenizer for or that UTF-8 cannot hold, or token ids that the model does not
-            have. Where nothing is left to begin with, that is not refused here.
+        UsageError: neither text nor a list, text that there is no tokenizer for or that UTF-8 cannot hold, or token ids
+            that the model does not have. Where nothing is left to begin with, that is not refused here.
     """
     ids = tuple(_encode(prompt, tokenizer, where) if isinstance(prompt, str) else _whole_numbers(prompt, where))
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
@@ -61,6 +63,14 @@ def is_token_id(value: object) -> bool:
     return False
 
 
+def is_list(value: object) -> bool:
+    """True for lists, tuples, arrays and tensors. Not for a generator, which can be read only once.
+
+    Numbers would come out of bytes and of the keys of a mapping too, but not those that anybody means.
+    """
+    return isinstance(value, Iterable) and isinstance(value, Sized) and not isinstance(value, _NO_LISTS)
+
+
 def _encode(prompt: str, tokenizer: Tokenizer | None, where: str) -> Sequence[int]:
     if tokenizer is None:
         raise UsageError(where, expected="token ids", found="text, and no tokenizer", action="Give token ids.")
@@ -77,6 +87,13 @@ def _encode(prompt: str, tokenizer: Tokenizer | None, where: str) -> Sequence[in
 
 
 def _whole_numbers(prompt: Iterable[SupportsIndex], where: str) -> list[int]:
+    if not is_list(prompt):
+        raise UsageError(
+            where,
+            expected="text or a list of token ids",
+            found=f"an object of type {type(prompt).__name__}",
+            action="Give whole numbers, or one text.",
+        )
     try:
         return [index(token) for token in prompt]
     except TypeError as error:

@@ -92,7 +92,8 @@ class Piece:
 
 def failure_result(request_id: str, prompt: str | Sequence[int], error: OptGPTQError) -> GenerationResult:
     """Return the result of a request that was refused."""
-    ids = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, str) else ()
+    is_text = isinstance(prompt, str | bytes | bytearray | memoryview)
+    ids = prompt if isinstance(prompt, Sequence) and not is_text else ()
     return GenerationResult(
         request_id=request_id,
         prompt=prompt if isinstance(prompt, str) else None,

@@ -165,6 +165,11 @@ class RequestState:
     error: OptGPTQError | None = None
     first_token: float | None = None
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all texts have ended."""
+        return all(text.text.is_finished for text in self.texts)
+
     def sampling_row(self, text: Text, eos_token_ids: tuple[int, ...]) -> SamplingRow:
         """Return what the sampler has to know for the next token of a text."""
         return SamplingRow(

@@ -54,6 +54,11 @@ class Scheduler:
         """Whether any sequence has not ended."""
         return bool(self._requests)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the queue takes another request."""
+        return len(self._waiting) < self.settings.max_waiting
+
     def submit(self, request: Request) -> tuple[Sequence, ...]:
         """Put a request into the queue; return its texts.
 

@@ -43,7 +43,8 @@ class SchedulerSettings:
         max_length: tokens of a sequence, prompt and new ones.
         max_step_tokens: positions that one step computes.
         max_running: sequences that hold pages at the same time.
-        max_waiting: sequences in the queue; more are refused.
+        max_waiting: places in the queue; while all are taken, requests are refused. A request that has not begun takes
+            one, whatever its `n`, and so does each text that lost its pages.
         prefix_cache: whether full pages are found again by later requests.
         watermark_ratio: part of all pages that an admission leaves free, for the growth of what runs.
         aging_steps: calls of `schedule` after which a request counts as much as a new one of the next better priority.

@@ -155,14 +155,61 @@ def test_refusals_are_for_who_asked(folder: Path, expected: list[list[int]]) -> 
                 await anext(running.stream(PROMPTS[2], GREEDY, request_id="first"))
             with pytest.raises(UsageError, match="found an empty prompt"):
                 await running.generate([], GREEDY)
-            with pytest.raises(TypeError):
+            with pytest.raises(UsageError, match="expected a salt of bytes, found str 'text'"):
                 await running.generate([5], GREEDY, salt="text")
-            with pytest.raises(AttributeError):
+            with pytest.raises(UsageError, match="expected SamplingParams, found str 'greedy'"):
                 await running.generate([5], "greedy")
             await first.aclose()
             assert (await second).token_ids == expected[1]
 
     run(scene)
+
+
+class Unreadable(list):
+    """A prompt whose own code goes wrong."""
+
+    def __iter__(self):
+        raise RuntimeError("cannot be read")
+
+
+def test_whatever_a_submission_raises_is_heard_by_who_asked(engine: Engine, expected: list[list[int]]) -> None:
+    async def scene() -> None:
+        async with opened(engine) as running:
+            good = asyncio.create_task(running.generate(PROMPTS[0], GREEDY))
+            with pytest.raises(RuntimeError, match="cannot be read"):
+                await running.generate(Unreadable([1]), GREEDY)
+            with pytest.raises(UsageError, match="a timeout in seconds, found a whole number of 1329 bits"):
+                await running.generate(PROMPTS[1], GREEDY, timeout_seconds=10**400)
+            with pytest.raises(UsageError, match="a priority that is a finite number, found float nan"):
+                await running.generate(PROMPTS[1], GREEDY, priority=float("nan"))
+            with pytest.raises(UsageError, match="request: expected a request_id that is text, found list"):
+                await running.generate(PROMPTS[1], GREEDY, request_id=[])
+            with pytest.raises(UsageError, match="request: expected a request_id that is text, found list"):
+                running.cancel([])
+            assert (await running.generate(PROMPTS[1], GREEDY)).token_ids == expected[1]
+            assert (await good).token_ids == expected[0]
+
+    run(scene)
+
+
+def test_a_processor_that_ends_the_thread_leaves_nobody_waiting(engine: Engine) -> None:
+    def leaving(prompt_ids, output_ids, logits_V):
+        raise SystemExit(3)
+
+    async def scene() -> None:
+        running = AsyncEngine(engine)
+        wanted = [GREEDY, SamplingParams(logits_processors=[leaving]), LONG]
+        tasks = [running.generate(prompt, params) for prompt, params in zip(PROMPTS, wanted, strict=True)]
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, UsageError)
+            assert "asynchronous engine: expected an open one, found one that SystemExit has ended." in str(error)
+            assert isinstance(error.__cause__, SystemExit)
+        with pytest.raises(UsageError, match="one that SystemExit has ended"):
+            await running.generate(PROMPTS[0], GREEDY)
+        await running.close()
+
+    run(scene)
+    assert nothing_is_held(engine)
 
 
 def test_a_request_that_fails_raises_and_others_go_on(engine: Engine, expected: list[list[int]]) -> None:

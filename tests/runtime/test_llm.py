@@ -73,8 +73,8 @@ def llm(folders: dict[str, Path]) -> LLM:
 
 
 def test_good_and_bad_prompts_together(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
-    bad = ["a\ud800", [], [400], [5] * 64, None, [1, "a"]]
-    mixed = [bad[0], PROMPTS[0], *bad[1:4], PROMPTS[1], bad[4], PROMPTS[2], bad[5]]
+    bad = ["a\ud800", [], [400], [5] * 64, None, [1, "a"], 7, {5: 6}, b"abc", iter([5])]
+    mixed = [bad[0], PROMPTS[0], *bad[1:4], PROMPTS[1], bad[4], PROMPTS[2], *bad[5:]]
     counts, told = [], []
     with caplog.at_level(logging.WARNING, logger="optgptq"):
         results = llm.generate(
@@ -92,8 +92,8 @@ def test_good_and_bad_prompts_together(llm: LLM, caplog: pytest.LogCaptureFixtur
             assert isinstance(result.error, UsageError)
             assert (result.outputs, result.text, result.finish_reason, result.token_ids) == ((), "", "error", [])
     assert results[0].request_id == "prompt 1"
-    assert caplog.messages == ["6 of 9 prompts failed; `error` of their results says why"]
-    assert counts[-1] == (9, 9)
+    assert caplog.messages == ["10 of 13 prompts failed; `error` of their results says why"]
+    assert counts == [(done, 13) for done in range(1, 14)]
     assert sorted(told, key=lambda entry: entry[0]) == list(enumerate(results))
     assert nothing_is_held(llm.engine)
 
@@ -106,6 +106,12 @@ def test_one_prompt_or_several_of_every_type(llm: LLM) -> None:
         assert result.token_ids == expected
         assert result.prompt_token_ids == ids
     assert len(llm.generate([None, *PROMPTS], GREEDY)) == 4
+    for no_list in (None, 7, b"abc", {5: 6}, iter([ids])):
+        (result,) = llm.generate(no_list, GREEDY)
+        assert isinstance(result.error, UsageError)
+        assert result.prompt_token_ids == []
+    number, text = llm.generate([7, "hello"], GREEDY)
+    assert (number.error is None, text.error is None) == (False, True)
     assert llm.generate([], GREEDY) == []
     assert len(llm.generate("hello")[0].token_ids) <= 16  # the default of SamplingParams
 
@@ -115,6 +121,19 @@ def test_parameters_for_all_or_for_each(llm: LLM) -> None:
     assert [len(result.token_ids) for result in llm.generate(PROMPTS, each)] == [1, 2, 3]
     with pytest.raises(UsageError, match="sampling_params: expected one, or one for each of 3 prompts, found 2"):
         llm.generate(PROMPTS, each[:2])
+    good, bad, late = llm.generate(PROMPTS, [each[0], None, each[2]])
+    assert (len(good.token_ids), len(late.token_ids)) == (1, 3)
+    assert "expected SamplingParams, found NoneType None." in str(bad.error)
+
+
+@pytest.mark.parametrize("max_running", [1, 3])
+def test_a_short_queue_holds_prompts_back(folders: dict[str, Path], llm: LLM, max_running: int) -> None:
+    """The limit is for many callers: whoever gives many prompts at once gets all of them served."""
+    settings = EngineSettings(page_size=8, max_running=max_running, max_length=64, max_waiting=1)
+    prompts = [*PROMPTS, [], *PROMPTS, *PROMPTS]
+    results = LLM(folders["dense"], settings=settings).generate(prompts, GREEDY)
+    assert [result.token_ids for result in results] == [result.token_ids for result in llm.generate(prompts, GREEDY)]
+    assert [number for number, result in enumerate(results) if result.error is not None] == [3]
 
 
 def test_pieces_come_as_they_are_written(llm: LLM) -> None:

@@ -102,3 +102,13 @@ def test_an_id_can_be_used_again_after_the_end() -> None:
     (text,) = engine.submit(request("same", [1], max_tokens=20))
     engine.run_to_end(most_steps=30)
     assert text.finish_reason == "length"
+
+
+def test_a_request_takes_one_place_in_the_queue_however_many_texts_it_has() -> None:
+    engine = SimulatedEngine(settings(max_waiting=1))
+    assert engine.scheduler.has_room
+    engine.submit(request("a", range(5), n=3))
+    assert engine.scheduler.usage().num_waiting == 1
+    assert not engine.scheduler.has_room
+    engine.step()
+    assert engine.scheduler.has_room
