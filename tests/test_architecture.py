@@ -27,6 +27,8 @@ EVERYTHING = PRODUCT + sources("tests", "benchmarks")
 BROAD_HANDLERS = {
     ("cli/main.py", "main"): "the border of the program: every exception becomes an exit code",
     ("optgptq/data/tokenizer.py", "_read_native"): "the tokenizers library raises the bare class Exception",
+    ("optgptq/runtime/engine.py", "_outcomes"): "the model may raise anything; `step` raises it again",
+    ("optgptq/runtime/engine_thread.py", "_submit"): "a prompt's own code may raise anything; its asker hears of it",
     ("optgptq/runtime/engine_thread.py", "_work"): "the end of a thread: every request that waits hears of it",
     ("optgptq/runtime/logits_processors.py", "_apply"): "a user's own code may raise anything; only its request fails",
 }
