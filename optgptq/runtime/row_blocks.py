@@ -8,6 +8,7 @@ Shapes: `R` rows of a block, one sequence (`B = 1`), `M` model width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,6 +21,8 @@ from optgptq.models.linear import Linear, LinearLike
 from optgptq.models.spec import DecoderSpec
 from optgptq.runtime.linear import QuantLinear
 from optgptq.scheduling.step import StepPart
+
+logger = logging.getLogger(__name__)
 
 # The largest comes first; 1 always works.
 BLOCK_SIZES = (16, 1)
@@ -46,7 +49,14 @@ def block_parts(parts: Sequence[StepPart], size: int) -> Iterator[list[StepPart]
 
 def find_block_size(decoder: Decoder) -> int:
     """Return the largest block whose rows do not touch each other on this machine, tried with the model itself."""
-    return next(size for size in BLOCK_SIZES if size == 1 or rows_are_independent(decoder, size))
+    found = next(size for size in BLOCK_SIZES if size == 1 or rows_are_independent(decoder, size))
+    if found == 1:
+        logger.warning(
+            "deterministic steps compute one token at a time, which is slow: this machine's products do not treat the "
+            "rows of %d tokens alike",
+            BLOCK_SIZES[0],
+        )
+    return found
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ Shapes: `T` tokens, `N` query heads, `K` key/value heads, `S = T` positions of t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from optgptq.runtime.page_pool import PagePool
 from optgptq.runtime.row_blocks import block_parts, find_block_size
 from optgptq.runtime.step_batch import StepBatch, StepTables, token_batches
 from optgptq.scheduling.step import Step, StepPart
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -151,7 +154,10 @@ class Runner:
             },
             block_size=find_block_size(decoder) if deterministic else None,
         )
-        if capture is not None and not deterministic and len(runner.frequencies) == len(spec.ropes):
+        has_fixed_frequencies = len(runner.frequencies) == len(spec.ropes)
+        if capture is not None and not deterministic and not has_fixed_frequencies:
+            logger.warning("decode steps are not recorded: the model's rotary frequencies depend on the text's length")
+        if capture is not None and not deterministic and has_fixed_frequencies:
             runner.graphs = DecodeGraphs(
                 run=runner.logits_of,
                 capture=capture,

@@ -54,6 +54,8 @@ def start_runner(decoder: Decoder, settings: EngineSettings) -> tuple[Runner, Sc
     logger.log(level, "%s kernel for attention: %s", attention.name, attention.reason)
     pool = PagePool.allocate(plan, spec, dtype=decoder.dtype, device=device)
     records = device.type == "cuda" and settings.graphs and attention.can_be_recorded
+    if device.type == "cuda" and settings.graphs and not attention.can_be_recorded:
+        logger.warning("decode steps are not recorded: %s attention reads numbers back from the device", attention.name)
     fused = fuse_linears(decoder)
     pack_linears(fused)
     runner = Runner.start(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny_models import random_tokens
+from support.tiny_models import TINY_MODELS, random_tokens, reference_model, save_reference
 
 from optgptq.bundled import bundled_path
 from optgptq.kernels.attention_choice import choose_attention
@@ -80,6 +80,16 @@ def test_without_memory_to_record_a_step_runs_as_it_is(caplog):
     assert [result.token_ids for result in generate(engine_with(refuse), PROMPTS, GREEDY)] == expected
     assert "run unrecorded" in caplog.text
     assert caplog.text.count("8 texts") == 1
+
+
+def test_frequencies_that_depend_on_the_length_are_not_recorded_and_it_is_said(tmp_path, caplog):
+    tiny = next(tiny for tiny in TINY_MODELS if tiny.name == "llama-rope_dynamic")
+    decoder = load_model(save_reference(reference_model(tiny), tmp_path))
+    engine = Engine(decoder, None, EngineSettings(max_length=32, max_running=2))
+    attention = choose_attention(torch.device("cpu"), torch.float32, decoder.spec.head_dim)
+    runner = Runner.start(engine.decoder, engine.runner.attend.pool, attention, capture=run_each_time)
+    assert runner.graphs is None
+    assert "decode steps are not recorded" in caplog.text
 
 
 @pytest.mark.gpu

@@ -70,11 +70,14 @@ def test_one_row_that_is_treated_otherwise_is_found(decoder: Decoder, place: int
         decoder.layers[layer].linears[name] = linear
 
 
-def test_the_ends_of_the_model_are_looked_at(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ends_of_the_model_are_looked_at(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     project = decoder.head.project
     decoder.head.project = disturbed(project, 9)
     assert not rows_are_independent(decoder, 16)
     assert find_block_size(decoder) == 1
+    assert "one token at a time" in caplog.text
     decoder.head.project = project
     embed = Embedding.embed
 
