@@ -1,0 +1,1 @@
+"""Parameters of a quantized KV cache, found with forward passes only."""
