@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .bench_table import bench_page
 from .display import plain_log, step_display
 from .options import (
     DeterministicOption,
@@ -15,14 +16,26 @@ from .options import (
     EngineSetOption,
     JsonOption,
     ModelArgument,
+    PastOnlyOption,
     QuietOption,
     RevisionOption,
     WeightsOption,
 )
-from .output import human_bytes, table, write_json, write_result
+from .output import write_json, write_result
 
 if TYPE_CHECKING:
-    from optgptq.evaluation.bench_report import BenchReport, Spread
+    from optgptq.evaluation.bench_report import BenchReport
+
+
+KvCachesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        metavar="CACHE,...",
+        help="Keys and values: checkpoint, 16, 8, 4, 3 or 2 bits; several are measured in turns, in equal memory.",
+        show_default=False,
+    ),
+]
 
 
 def bench(  # noqa: PLR0913 - the parameters of a command are its options
@@ -42,6 +55,8 @@ def bench(  # noqa: PLR0913 - the parameters of a command are its options
     ] = False,
     engine_set: EngineSetOption = None,
     deterministic: DeterministicOption = False,
+    kv_cache: KvCachesOption = None,
+    past_only: PastOnlyOption = None,
     dtype: DtypeOption = "auto",
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
@@ -50,10 +65,12 @@ def bench(  # noqa: PLR0913 - the parameters of a command are its options
     quiet: QuietOption = False,
 ) -> None:
     """Check that the engine writes what the model says, then measure its speed and memory."""
-    from optgptq.evaluation.bench import run_bench
+    from optgptq.evaluation.bench import run_benches
+    from optgptq.evaluation.bench_caches import cache_engines, parse_caches
     from optgptq.evaluation.bench_report import BenchSettings
+    from optgptq.runtime.engine_settings import CACHE_OF_CHECKPOINT
     from optgptq.runtime.field_values import SETTING_FIELDS, engine_settings, field_values
-    from optgptq.runtime.llm import LLM
+    from optgptq.runtime.llm import load_for_engine
 
     settings = BenchSettings(
         num_requests=requests,
@@ -65,23 +82,27 @@ def bench(  # noqa: PLR0913 - the parameters of a command are its options
         check=not skip_check,
     )
     values = {"deterministic": deterministic, **field_values(engine_set or (), SETTING_FIELDS, option="--set")}
-    checked = engine_settings(values)
+    checked = engine_settings(values if past_only is None else {**values, "past_only": past_only})
+    choices = (checked.kv_cache,) if kv_cache is None else parse_caches(kv_cache)
+    reading = replace(checked, kv_cache=CACHE_OF_CHECKPOINT if CACHE_OF_CHECKPOINT in choices else choices[0])
     with plain_log(quiet=quiet):
-        llm = LLM(model, device=device, dtype=dtype, weights=weights, revision=revision, settings=checked)
-        with step_display("rounds", quiet=quiet) as progress:
-            report = run_bench(llm.engine, settings, progress=progress)
-    if as_json:
-        write_json(
-            {
-                "model": model,
-                "device": str(llm.engine.decoder.device),
-                "dtype": str(llm.engine.decoder.dtype).removeprefix("torch."),
-                "settings": dataclasses.asdict(settings),
-                **_record(report),
-            }
+        loaded = load_for_engine(
+            model, device=device, dtype=dtype, weights=weights, revision=revision, settings=reading
         )
-    else:
-        write_result(_page(report, num_requests=requests))
+        engines = cache_engines(loaded, checked, choices)
+        with step_display("rounds", quiet=quiet) as progress:
+            reports = run_benches(engines, settings, progress=progress)
+    if not as_json:
+        write_result(bench_page(reports, num_requests=requests))
+        return
+    record = {
+        "model": model,
+        "device": str(engines[0].decoder.device),
+        "dtype": str(engines[0].decoder.dtype).removeprefix("torch."),
+        "settings": asdict(settings),
+    }
+    runs = [_record(report) for report in reports]
+    write_json({**record, **runs[0]} if len(runs) == 1 else {**record, "runs": runs})
 
 
 def _sizes(text: str) -> tuple[int, int]:
@@ -101,45 +122,6 @@ def _sizes(text: str) -> tuple[int, int]:
 
 
 def _record(report: BenchReport) -> dict[str, Any]:
-    record = dataclasses.asdict(report)
+    record = asdict(report)
     record["bytes_per_token"]["total"] = report.bytes_per_token.total
     return record
-
-
-def _page(report: BenchReport, *, num_requests: int) -> str:
-    speeds, needed, pages, check = report.speeds, report.bytes_per_token, report.pages, report.check
-    compared = "skipped"
-    if check is not None:
-        compared = f"{check.num_tokens} tokens of {check.num_prompts} texts as by full forwards"
-        compared += f", {check.num_ties} of them in a tie" if check.num_ties else ""
-    parts = f"linears {human_bytes(needed.linears)}, head {human_bytes(needed.head)}"
-    parts += f", keys and values {human_bytes(needed.cache)} of {needed.context} tokens"
-    memory = human_bytes(report.peak_memory_bytes)
-    if report.peak_device_bytes is not None:
-        memory += f", on the GPU {human_bytes(report.peak_device_bytes)}"
-    rows = [
-        ("check", compared),
-        ("reading a prompt", f"{_speed(speeds.prefill)} tokens/s"),
-        ("one text, a token", f"{_time(speeds.token_p50)}, p99 {_time(speeds.token_p99)}"),
-        ("it must read", f"{human_bytes(needed.total)}: {parts}"),
-        ("memory moves", f"{human_bytes(report.bandwidth.bytes_per_second)}/s: {report.bandwidth.method}"),
-        ("so it is at", f"{report.floor_share:.1%} of what that allows"),
-        (f"{num_requests} texts, new tokens", f"{_speed(speeds.new_tokens)} tokens/s"),
-        (f"{num_requests} texts, all tokens", f"{_speed(speeds.all_tokens)} tokens/s"),
-        ("first token", f"{_time(speeds.first_token_p50)}, p99 {_time(speeds.first_token_p99)}"),
-        ("between tokens", f"{_time(speeds.gap_p50)}, p99 {_time(speeds.gap_p99)}"),
-        ("peak memory", memory),
-        ("pages", f"{human_bytes(pages.peak_bytes)} of {human_bytes(pages.total_bytes)} at most"),
-        ("slots unused", f"{pages.waste_ratio:.2%} of those that were held"),
-        ("preemptions", str(pages.num_preemptions)),
-        ("prefix hits", f"{pages.prefix_hit_tokens:,} of {pages.prompt_tokens:,} tokens of prompts"),
-    ]
-    return table(rows) + "\n\nMedian of the rounds, in brackets the lowest and the highest."
-
-
-def _speed(spread: Spread) -> str:
-    return f"{spread.median:,.1f} ({spread.low:,.1f} to {spread.high:,.1f})"
-
-
-def _time(spread: Spread) -> str:
-    return f"{1000 * spread.median:.2f} ms ({1000 * spread.low:.2f} to {1000 * spread.high:.2f})"

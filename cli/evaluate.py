@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .display import plain_log, step_display
-from .options import DeviceOption, JsonOption, ModelArgument, QuietOption, RevisionOption
+from .options import (
+    DeviceOption,
+    JsonOption,
+    KvCacheOption,
+    ModelArgument,
+    PastOnlyOption,
+    QuietOption,
+    RevisionOption,
+)
 from .output import human_seconds, table, write_json, write_note, write_result
 
 if TYPE_CHECKING:
+    from optgptq.evaluation.decoding import CacheFacts, CacheOptions
     from optgptq.evaluation.gates import GateOutcome
     from optgptq.evaluation.run import EvaluationReport
 
@@ -64,6 +73,16 @@ def evaluate(  # noqa: PLR0913 - the parameters of a command are its options
     min_top1: Annotated[
         float | None, typer.Option("--min-top1", help="Gate: lowest top-1 agreement, 0 to 1.", show_default=False)
     ] = None,
+    decode: Annotated[
+        bool,
+        typer.Option("--decode", help="Score as the model writes: keys and values are read out of the KV cache."),
+    ] = False,
+    kv_cache: KvCacheOption = None,
+    past_only: PastOnlyOption = None,
+    baseline_cache: Annotated[
+        bool,
+        typer.Option("--baseline-cache", help="With --decode: compare with the same weights and a plain KV cache."),
+    ] = False,
     revision: RevisionOption = None,
     baseline_revision: Annotated[
         str | None, typer.Option("--baseline-revision", help="Commit of a hub baseline.", show_default=False)
@@ -80,9 +99,16 @@ def evaluate(  # noqa: PLR0913 - the parameters of a command are its options
     from optgptq.runtime.device import require_device
 
     gates = Gates(max_ppl=max_ppl, max_ppl_increase=max_ppl_increase, max_kl=max_kl, min_top1=min_top1)
-    require_baseline(gates, has_baseline=baseline is not None)
+    require_baseline(gates, has_baseline=baseline is not None or baseline_cache)
     source = TextSource(source=_require_text(text), config=config, split=split, column=column, revision=text_revision)
-    settings = EvaluationSettings(source=source, window_size=window_size, stride=stride, max_tokens=max_tokens)
+    settings = EvaluationSettings(
+        source=source,
+        window_size=window_size,
+        stride=stride,
+        max_tokens=max_tokens,
+        decoding=_cache_options(decode, kv_cache, past_only),
+        against_plain_cache=baseline_cache,
+    )
     began = time.perf_counter()
     with plain_log(quiet=quiet), step_display("windows", quiet=quiet) as progress:
         report = evaluate_folders(
@@ -100,6 +126,24 @@ def evaluate(  # noqa: PLR0913 - the parameters of a command are its options
     elif not quiet:
         write_result(_page(report, outcomes, seconds=seconds))
     require_passed(outcomes)
+
+
+def _cache_options(decode: bool, kv_cache: str | None, past_only: str | None) -> CacheOptions | None:
+    from optgptq.errors import UsageError
+    from optgptq.evaluation.decoding import CacheOptions
+
+    given = {"kv_cache": kv_cache, "past_only": past_only}
+    known = {name: value for name, value in given.items() if value is not None}
+    if decode:
+        return CacheOptions(**known)
+    if known:
+        raise UsageError(
+            "--" + next(iter(known)).replace("_", "-"),
+            expected="--decode beside it",
+            found="full forwards, which read no KV cache",
+            action="Add --decode.",
+        )
+    return None
 
 
 def _require_text(text: str | None) -> str:
@@ -132,7 +176,12 @@ def _record(report: EvaluationReport, outcomes: tuple[GateOutcome, ...], *, seco
         "seconds": seconds,
         "gates": [dataclasses.asdict(outcome) for outcome in outcomes],
         "warnings": list(report.warnings),
+        **({} if report.cache is None else {"decode": True, "kv_cache": _cache_record(report.cache)}),
     }
+
+
+def _cache_record(cache: CacheFacts) -> dict[str, Any]:
+    return {"bits": cache.bits, **dataclasses.asdict(cache)}
 
 
 def _page(report: EvaluationReport, outcomes: tuple[GateOutcome, ...], *, seconds: float) -> str:
@@ -146,6 +195,9 @@ def _page(report: EvaluationReport, outcomes: tuple[GateOutcome, ...], *, second
         rows.append(("mean KL, nats per token", f"{result.mean_kl:.6f}"))
     if result.top1_agreement is not None:
         rows.append(("top-1 agreement", f"{result.top1_agreement:.2%}"))
+    if report.cache is not None:
+        rows.append(("KV cache", f"{report.cache.bits:.2f} bits, {report.cache.bytes_per_token:,.0f} bytes per token"))
+        rows.append(("past-only mode", report.cache.mode))
     rows.append(("scored tokens", f"{result.num_tokens:,} in {report.num_windows} windows of {report.window_size}"))
     rows.append(("time", human_seconds(seconds)))
     rows += [(f"gate {outcome.gate}", _verdict(outcome)) for outcome in outcomes]

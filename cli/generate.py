@@ -18,7 +18,9 @@ from .options import (
     DtypeOption,
     EngineSetOption,
     JsonOption,
+    KvCacheOption,
     ModelArgument,
+    PastOnlyOption,
     QuietOption,
     RevisionOption,
     WeightsOption,
@@ -103,6 +105,8 @@ def generate(  # noqa: PLR0913 - the parameters of a command are its options
     ] = None,
     engine_set: EngineSetOption = None,
     deterministic: DeterministicOption = False,
+    kv_cache: KvCacheOption = None,
+    past_only: PastOnlyOption = None,
     dtype: DtypeOption = "auto",
     weights: WeightsOption = "auto",
     revision: RevisionOption = None,
@@ -131,7 +135,12 @@ def generate(  # noqa: PLR0913 - the parameters of a command are its options
         "ignore_eos": ignore_eos,
         **field_values(param or (), SAMPLING_FIELDS, option="--param"),
     }
-    settings = {"deterministic": deterministic, **field_values(engine_set or (), SETTING_FIELDS, option="--set")}
+    given = {"kv_cache": kv_cache, "past_only": past_only}
+    settings = {
+        "deterministic": deterministic,
+        **field_values(engine_set or (), SETTING_FIELDS, option="--set"),
+        **{name: value for name, value in given.items() if value is not None},
+    }
     requests = read_requests(prompts or [], prompt_file, values, chat=chat, system=system)
     require_place_for_logprobs(requests, has_place=as_json or output is not None)
     streams = wants_stream(stream, requests, as_json=as_json)

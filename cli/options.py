@@ -39,3 +39,21 @@ EngineSetOption = Annotated[
 DeterministicOption = Annotated[
     bool, typer.Option("--deterministic", help="No text depends, to the bit, on what runs beside it; slower.")
 ]
+KvCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        metavar="CACHE",
+        help="Keys and values: checkpoint (as the model's folder says), 16 (plain), or 8, 4, 3, 2 bits, uncalibrated.",
+        show_default=False,
+    ),
+]
+PastOnlyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--past-only",
+        metavar="MODE",
+        help="Which keys of a quantized cache are read exactly: off, token, chunk, window:N.",
+        show_default=False,
+    ),
+]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .output import human_bytes, human_seconds
 
 if TYPE_CHECKING:
-    from optgptq.reports.events import DecoderLayerFinished, HeadsGrouped, LinearFinished, ProgressEvent
+    from optgptq.reports.events import CacheFound, DecoderLayerFinished, HeadsGrouped, LinearFinished, ProgressEvent
 
 _LINEARS_SHOWN = 8
 
@@ -45,6 +45,8 @@ class JobProgress:
         match event:
             case events.JobStarted():
                 self.title, self.num_decoder_layers = event.title, event.num_decoder_layers
+                if not event.num_linears:
+                    return (event.title,)
                 return (f"{event.title}: {event.num_linears} linears in {event.num_decoder_layers} decoder layers",)
             case events.PhaseStarted():
                 self.phase = f"{event.name}: {event.detail}" if event.detail else event.name
@@ -66,6 +68,8 @@ class JobProgress:
                 return (self._layer_line(event),)
             case events.HeadsGrouped():
                 return (f"[{self.elapsed()}] {_heads_line(event)}",)
+            case events.CacheFound():
+                return (f"[{self.elapsed()}] {_cache_line(event)}",)
             case events.WarningRaised():
                 return self.warn(event.message)
 
@@ -113,4 +117,11 @@ def _heads_line(event: HeadsGrouped) -> str:
         f"{event.num_kv_heads_before} to {event.num_kv_heads_after} key/value heads, "
         f"{event.kv_bytes_per_token_before:,} to {event.kv_bytes_per_token_after:,} bytes per token, perplexity "
         f"{event.perplexity_before:.4f} to {event.perplexity_after:.4f} ({ratio:.3f} times) on {event.measured_on}"
+    )
+
+
+def _cache_line(event: CacheFound) -> str:
+    return (
+        f"KV cache of {event.key_bits:.3f} bits per key and {event.value_bits:.3f} per value, "
+        f"{event.bytes_per_token:,.0f} bytes per token in place of {event.exact_bytes_per_token:,.0f}"
     )

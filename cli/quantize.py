@@ -13,6 +13,9 @@ from .options import DeviceOption, JsonOption, ModelArgument, OverwriteOption, Q
 from .output import human_bytes, human_seconds, table, write_json, write_result
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from optgptq.quantize import QuantizeResult
 
 
@@ -60,6 +63,7 @@ def quantize(  # noqa: PLR0913 - the parameters of a command are its options
                 "seconds": result.seconds,
                 "peak_memory_bytes": result.peak_memory_bytes,
                 "bits_per_weight": result.bits_per_weight,
+                **({"kv_cache": result.record["kv_cache"]} if "kv_cache" in result.record else {}),
                 "warnings": list(result.warnings),
             }
         )
@@ -70,10 +74,30 @@ def quantize(  # noqa: PLR0913 - the parameters of a command are its options
 def _summary(result: QuantizeResult) -> str:
     rows = [
         ("output", str(result.output)),
-        ("bits per weight", f"{result.bits_per_weight:.4f}"),
+        ("bits per weight", f"{result.bits_per_weight:.4f}" if result.bits_per_weight else "as they were"),
         *(heads_rows(result.record["gqa"]) if "gqa" in result.record else ()),
+        *(_cache_rows(result.record["kv_cache"]) if "kv_cache" in result.record else ()),
         ("time", human_seconds(result.seconds)),
         ("peak memory", human_bytes(result.peak_memory_bytes)),
         ("warnings", str(len(result.warnings))),
     ]
     return table(rows)
+
+
+def _cache_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = record["calibration"]
+    rows = [
+        ("KV cache, bits per key and value", f"{record['bits_per_key']:.3f}, {record['bits_per_value']:.3f}"),
+        (
+            "KV cache, bytes per token",
+            f"{record['bytes_per_token']:,.0f}, {record['exact_bytes_per_token']:,.0f} in 16 bits",
+        ),
+        (
+            "exact keys",
+            f"{record['past_only']}, first {record['sink_tokens']}, last {record['recent_tokens']}",
+        ),
+    ]
+    if "held_out_kl" in found:
+        kl, plain = found["held_out_kl"], found["held_out_kl_plain"]
+        rows.append(("KL on held-out windows", f"{kl:.5f}, {plain:.5f} rounded to the nearest"))
+    return rows

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .display import plain_log
 from .options import JsonOption, ModelArgument, QuietOption, RevisionOption
 from .output import human_bytes, table, write_json, write_result
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from optgptq.formats.verify import VerifyReport
     from optgptq.reports.inspect import InspectReport, LayerReport
+    from optgptq.reports.kv_cache import CacheReport, CacheSideReport
 
 
 def inspect(
     model: ModelArgument, revision: RevisionOption = None, as_json: JsonOption = False, quiet: QuietOption = False
 ) -> None:
-    """Show format, bits per weight, sizes, losses per linear, and what stayed dense."""
+    """Show format, bits per weight, sizes, losses per linear, what stayed dense, and the quantized KV cache."""
     from optgptq.checkpoint.folder import CheckpointFolder
     from optgptq.checkpoint.hub import resolve_model
     from optgptq.reports.inspect import inspect_checkpoint
@@ -85,8 +88,45 @@ def _inspect_page(report: InspectReport) -> str:
         parts.append(table(rows, header=header))
     if report.dense:
         parts.append(table([(entry["name"], entry["reason"]) for entry in report.dense], header=("dense", "reason")))
+    if report.kv_cache is not None:
+        parts += _cache_parts(report.kv_cache)
+    if report.fp8_cache is not None:
+        strategy = report.fp8_cache.strategy or "no scheme says how they are meant"
+        parts.append(table([("fp8 kv cache scales", f"{report.fp8_cache.num_layers} layers, {strategy}")]))
     parts += [f"warning: {warning}" for warning in report.warnings]
     return "\n\n".join(parts)
+
+
+def _cache_parts(cache: CacheReport) -> list[str]:
+    bits = f"keys {cache.key_bits_per_value:.4f}, values {cache.value_bits_per_value:.4f} bits per value"
+    facts = [
+        ("kv cache", bits),
+        ("bytes per token", f"{cache.bytes_per_token:,.1f}; {cache.exact_bytes_per_token:,.1f} with 16 bits"),
+        ("past only", f"{cache.past_only}, {cache.sink_tokens} sinks, {cache.recent_tokens} recent"),
+    ]
+    if not cache.layers_differ:
+        facts += [("keys", _cache_side(cache.layers[0].keys)), ("values", _cache_side(cache.layers[0].values))]
+    facts += [("folded", _items(cache.folded)), ("calibration", _items(cache.calibration))]
+    parts = [table(facts)]
+    if cache.layers_differ:
+        rows = [
+            (str(layer.index), _cache_side(layer.keys), _cache_side(layer.values), f"{layer.bytes_per_token:,.1f}")
+            for layer in cache.layers
+        ]
+        parts.append(table(rows, header=("layer", "keys", "values", "bytes per token")))
+    return parts
+
+
+def _cache_side(side: CacheSideReport) -> str:
+    if not side.group_size:
+        return f"{side.bits} bits"
+    groups = "channels" if side.axis == "channel" else "tokens"
+    rounding = "fitted" if side.fitted else "nearest"
+    return f"{side.bits} bits, {side.group_size} {groups}, {side.transform}, {rounding}"
+
+
+def _items(record: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in record.items()) or "-"
 
 
 def _grid(layer: LayerReport) -> str:

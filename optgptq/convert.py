@@ -19,6 +19,7 @@ from optgptq.checkpoint.writer import ShardWriter, TensorEntry
 from optgptq.convert_weight import weight_for
 from optgptq.errors import FormatError
 from optgptq.formats import CheckpointFormat, detect, format_named
+from optgptq.formats.cache_copy import keep_caches
 from optgptq.formats.checkpoint import write_side_files
 from optgptq.formats.tensors import SCALE_DTYPES
 from optgptq.formats.verify import same_bytes, weight_digest
@@ -88,6 +89,7 @@ def convert(source: Path, output: Path, *, to: str, overwrite: bool = False) -> 
         _write(folder, writer, form, target, plans=plans)
         writer.finish()
         write_side_files(folder, staging.path, target, final)
+        notes += keep_caches(folder, staging.path, format_name=target.name)
         _verify(CheckpointFolder.open(staging.path), folder, target, plans)
         write_manifest(staging.path, _manifest(folder, form.name))
         staging.publish()

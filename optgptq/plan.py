@@ -43,6 +43,8 @@ class LinearPlan:
 def plan_linears(spec: DecoderSpec, recipe: Recipe, form: CheckpointFormat) -> tuple[LinearPlan, ...]:
     """Return the plan of every linear of every decoder layer, in the order of the walk.
 
+    With the method `none` all of them stay dense.
+
     Raises:
         RecipeError: a rule matches nothing, a group size does not divide, a rule splits linears that engines fuse,
             or nothing is left to quantize.
@@ -52,7 +54,7 @@ def plan_linears(spec: DecoderSpec, recipe: Recipe, form: CheckpointFormat) -> t
     plans = tuple(_plan(linear, resolve_weight(recipe.weights, linear.name), recipe, form) for linear in linears)
     _check_groups(plans)
     _check_fused(plans)
-    if all(plan.layout.bits is None for plan in plans):
+    if recipe.weights.method != "none" and all(plan.layout.bits is None for plan in plans):
         raise RecipeError(
             "weights.keep_dense and weights.rules",
             expected="at least one linear to quantize",

@@ -81,7 +81,7 @@ def attention_case(
 ) -> CompiledCase:
     """Return one case of `attention_of_rows`: 32 query heads and 8 key/value heads."""
     wanted = rule or {}
-    tiles = {name: choose_tiles(_device_kind(name), KINDS[kind], head_dim, most_rows=most_rows) for name in TARGETS}
+    tiles = {name: choose_tiles(device_kind_of(name), KINDS[kind], head_dim, most_rows=most_rows) for name in TARGETS}
     constants = {name: value for name, value in PLAIN.items() if name not in wanted or name == "ROUND_ALIBI"}
     constants |= {name: value for name, value in wanted.items() if name == "ROUND_ALIBI"}
     constants |= {"NUM_HEADS": 32, "GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim)}
@@ -102,7 +102,7 @@ def attention_case(
     )
 
 
-def _device_kind(target: str) -> DeviceKind:
+def device_kind_of(target: str) -> DeviceKind:
     device = TARGETS[target].device
     return DeviceKind(is_hip=device.backend == "hip", wave_size=device.warp_size)
 

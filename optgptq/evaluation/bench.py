@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from optgptq.evaluation.bench_report import BenchReport, BenchSettings, PageFigures, Speeds, Spread, require
-from optgptq.evaluation.decode_floor import decode_bytes, measure_bandwidth
+from optgptq.evaluation.bench_report import (
+    BenchReport,
+    BenchSettings,
+    CacheFigures,
+    PageFigures,
+    Speeds,
+    Spread,
+    require,
+)
+from optgptq.evaluation.decode_floor import Bandwidth, decode_bytes, measure_bandwidth
 from optgptq.evaluation.engine_check import EngineCheck, check_engine
 from optgptq.evaluation.throughput import Served, draw_prompts, percentile, serve
 from optgptq.memory import peak_memory_bytes
 from optgptq.runtime.engine import Engine
-from optgptq.runtime.memory_plan import layer_groups
 from optgptq.scheduling.usage import Usage
 
 # Enough to see a wrong page or position; each token costs a full forward.
@@ -26,40 +33,65 @@ Progress = Callable[[int, int], None]
 
 
 def run_bench(engine: Engine, settings: BenchSettings, *, progress: Progress | None = None) -> BenchReport:
-    """Measure an engine that has nothing else to do.
+    """Measure an engine that has nothing else to do; see `run_benches`."""
+    return run_benches([engine], settings, progress=progress)[0]
+
+
+def run_benches(
+    engines: Sequence[Engine], settings: BenchSettings, *, progress: Progress | None = None
+) -> list[BenchReport]:
+    """Measure engines of one model that have nothing else to do, in turns and with the same prompts.
 
     Args:
-        engine: its settings decide how requests share the model.
+        engines: their settings decide how requests share the model.
         settings: what to measure.
         progress: called with rounds done and rounds in all.
 
     Raises:
         UsageError: prompt and new tokens together are more than a text may have.
-        GateError: the engine does not write what the model says.
+        GateError: an engine does not write what the model says.
         CapacityError: no room for the requests.
     """
-    _require_room(engine, settings)
-    generator = random.Random(settings.seed)
-    check = _check(engine, settings, generator) if settings.check else None
-    _together(engine, settings, generator, num_new_tokens=_WARM_UP_TOKENS)
-    rounds = []
-    for number in range(1, settings.rounds + 1):
-        rounds.append(_round(engine, settings, generator))
-        if progress is not None:
-            progress(number, settings.rounds)
-    speeds = _speeds(rounds)
-    device = engine.decoder.device
+    arms = [_Arm(engine=engine, generator=random.Random(settings.seed)) for engine in engines]
+    for arm in arms:
+        _require_room(arm.engine, settings)
+    for arm in arms:
+        arm.check = _check(arm.engine, settings, arm.generator) if settings.check else None
+        _together(arm.engine, settings, arm.generator, num_new_tokens=_WARM_UP_TOKENS)
+    for number in range(settings.rounds):
+        for place, arm in enumerate(arms, start=1):
+            arm.rounds.append(_round(arm.engine, settings, arm.generator))
+            if progress is not None:
+                progress(number * len(arms) + place, settings.rounds * len(arms))
+    device = engines[0].decoder.device
     peaks = peak_memory_bytes(), torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     # After the peaks: it takes a large buffer.
     bandwidth = measure_bandwidth(device)
-    needed = decode_bytes(engine.decoder, context=settings.usual_size + settings.num_new_tokens // 2)
+    return [_report(arm, settings, peaks, bandwidth) for arm in arms]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Arm:
+    """An engine, its own copy of the prompts' random numbers, and what was found so far."""
+
+    engine: Engine
+    generator: random.Random
+    check: EngineCheck | None = None
+    rounds: list[_Round] = field(default_factory=list)
+
+
+def _report(arm: _Arm, settings: BenchSettings, peaks: tuple[int, int | None], bandwidth: Bandwidth) -> BenchReport:
+    engine, speeds = arm.engine, _speeds(arm.rounds)
+    context = settings.usual_size + settings.num_new_tokens // 2
+    needed = decode_bytes(engine.decoder, engine.cache, context=context)
     return BenchReport(
-        check=check,
+        cache=_cache_figures(engine),
+        check=arm.check,
         speeds=speeds,
         bytes_per_token=needed,
         bandwidth=bandwidth,
         floor_share=needed.total / bandwidth.bytes_per_second / speeds.token_p50.median,
-        pages=_page_figures(engine, rounds),
+        pages=_page_figures(engine, arm.rounds),
         peak_memory_bytes=peaks[0],
         peak_device_bytes=peaks[1],
     )
@@ -146,21 +178,31 @@ def _page_figures(engine: Engine, rounds: Sequence[_Round]) -> PageFigures:
     def gained(figure: Callable[[Usage], int]) -> int:
         return sum(figure(each.after) - figure(each.before) for each in rounds)
 
-    groups = layer_groups(
-        engine.decoder.spec,
-        page_size=1,
-        number_bytes=engine.decoder.dtype.itemsize,
-        max_length=engine.max_length,
-        max_step_tokens=1,
-    )
-    pairs = list(zip(groups, engine.usage().groups, strict=True))
+    plan = engine.runner.attend.pool.plan
+    pairs = list(zip(plan.groups, engine.usage().groups, strict=True))
     allocated = gained(lambda usage: sum(group.allocated_slot_steps for group in usage.groups))
     filled = gained(lambda usage: sum(group.filled_slot_steps for group in usage.groups))
     return PageFigures(
-        total_bytes=sum(group.page_bytes * usage.total_slots for group, usage in pairs),
-        peak_bytes=sum(group.page_bytes * usage.peak_allocated_slots for group, usage in pairs),
+        total_bytes=sum(group.page_bytes * usage.total_slots // plan.page_size for group, usage in pairs),
+        peak_bytes=sum(group.page_bytes * usage.peak_allocated_slots // plan.page_size for group, usage in pairs),
         waste_ratio=1 - filled / allocated,
         num_preemptions=gained(lambda usage: usage.num_preemptions),
         prefix_hit_tokens=gained(lambda usage: usage.prefix_hit_tokens),
         prompt_tokens=gained(lambda usage: usage.prompt_tokens),
+    )
+
+
+def _cache_figures(engine: Engine) -> CacheFigures:
+    cache, pool = engine.cache, engine.runner.attend.pool
+    plain_bits = 8.0 * engine.decoder.dtype.itemsize
+    exact = pool.exact_group
+    code_groups = [group for group in pool.plan.groups if not group.is_exact]
+    return CacheFigures(
+        choice=engine.settings.kv_cache,
+        past_only=None if cache is None else cache.past.name,
+        key_bits=plain_bits if cache is None else cache.key_bits,
+        value_bits=plain_bits if cache is None else cache.value_bits,
+        bytes_per_token=sum(group.page_bytes for group in code_groups) / pool.plan.page_size,
+        num_tokens=pool.plan.num_tokens,
+        exact_bytes=0 if exact is None else pool.plan.groups[exact].page_bytes * (pool.plan.num_pages[exact] - 1),
     )

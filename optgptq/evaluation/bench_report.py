@@ -116,10 +116,33 @@ class PageFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheFigures:
+    """How keys and values are stored.
+
+    Attributes:
+        choice: the engine's setting `kv_cache`.
+        past_only: mode of a quantized cache; None with a plain one.
+        key_bits, value_bits: of a number, its share of scale and minimum included; mean over the layers.
+        bytes_per_token: of all layers, without the tokens that are kept exactly besides.
+        num_tokens: that fit into the pages.
+        exact_bytes: of `PageFigures.total_bytes`, those for the tokens that are kept exactly.
+    """
+
+    choice: str
+    past_only: str | None
+    key_bits: float
+    value_bits: float
+    bytes_per_token: float
+    num_tokens: int
+    exact_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchReport:
     """All figures.
 
     Attributes:
+        cache: how keys and values are stored.
         check: None where it was skipped.
         speeds: times and speeds.
         bytes_per_token: what one token of the text that is written alone must read, half-way through its new tokens.
@@ -130,6 +153,7 @@ class BenchReport:
         peak_device_bytes: most that torch held on the GPU; None on a processor.
     """
 
+    cache: CacheFigures
     check: EngineCheck | None
     speeds: Speeds
     bytes_per_token: DecodeBytes

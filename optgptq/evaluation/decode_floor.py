@@ -10,7 +10,8 @@ import torch
 
 from optgptq.memory import available_memory_bytes
 from optgptq.models.decoder import Decoder
-from optgptq.runtime.memory_plan import layer_groups
+from optgptq.runtime.cache_plan import CachePlan
+from optgptq.runtime.layer_groups import plain_page_bytes
 
 # Far larger than the caches of one processor or GPU.
 _BUFFER_BYTES = 512 << 20
@@ -41,21 +42,33 @@ class DecodeBytes:
         return self.linears + self.head + self.cache + self.rest
 
 
-def decode_bytes(decoder: Decoder, *, context: int) -> DecodeBytes:
-    """Return the bytes of one token that sees `context` positions, as the weights are held."""
-    embedding, spec = decoder.embedding, decoder.spec
+def decode_bytes(decoder: Decoder, cache: CachePlan | None = None, *, context: int) -> DecodeBytes:
+    """Return the bytes of one token that sees `context` positions, as the weights and the cache are held."""
+    embedding = decoder.embedding
     rest = held_bytes([layer.norms for layer in decoder.layers]) + embedding.tokens_VE[0].nbytes
     rest += held_bytes((embedding.norm, embedding.project_in_ME))
     rest += 0 if embedding.positions_PM is None else embedding.positions_PM[0].nbytes
-    # Groups of layers with pages of one token: the bytes of a position in their keys and values.
-    groups = layer_groups(spec, page_size=1, number_bytes=decoder.dtype.itemsize, max_length=context, max_step_tokens=1)
     return DecodeBytes(
         linears=held_bytes([layer.linears for layer in decoder.layers]),
         head=held_bytes(decoder.head),
-        cache=sum(group.page_bytes * min(context, group.window or context) for group in groups),
+        cache=_cache_bytes(decoder, cache, context),
         rest=rest,
         context=context,
     )
+
+
+def _cache_bytes(decoder: Decoder, cache: CachePlan | None, context: int) -> int:
+    """Return the bytes of all keys and values that are seen; of a quantized cache first and last ones are exact."""
+    spec, total = decoder.spec, 0.0
+    plain = plain_page_bytes(spec, page_size=1, number_bytes=decoder.dtype.itemsize)
+    layouts = (None,) * spec.num_layers if cache is None else cache.layouts
+    kept = 0 if cache is None else cache.past.sink_tokens + cache.past.recent_tokens
+    for layer, number_bytes, layout in zip(spec.layers, plain, layouts, strict=True):
+        seen = min(context, layer.sliding_window or context)
+        num_exact = seen if layout is None else min(seen, kept)
+        total += num_exact * number_bytes
+        total += 0 if layout is None else (seen - num_exact) * layout.bytes_per_token
+    return round(total)
 
 
 def held_bytes(held: object) -> int:

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import torch
 
+from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.data.corpora import TextSource, load_documents, source_warnings
 from optgptq.data.evaluation import EvaluationWindows, evaluation_windows
 from optgptq.data.tokenizer import Tokenizer, load_tokenizer
 from optgptq.data.windows import resolve_window_size
-from optgptq.errors import InputError
-from optgptq.evaluation.perplexity import EvalResult, evaluate
+from optgptq.errors import InputError, UsageError
+from optgptq.evaluation.decoding import PLAIN_CACHE, CacheFacts, CacheOptions, DecodingModel
+from optgptq.evaluation.perplexity import EvalResult, LanguageModel, evaluate
+from optgptq.models.decoder import Decoder
 from optgptq.models.spec import DecoderSpec
+from optgptq.runtime.cache_plan import cache_of_folder
 from optgptq.runtime.load import load_model
 
 # Everything that a tokenizer is made from, in the spellings that model folders use.
@@ -42,12 +46,17 @@ class EvaluationSettings:
         window_size: tokens per window; None for 2048, or the model's positions where it has fewer.
         stride: tokens between window starts; None for windows that do not overlap.
         max_tokens: tokens of the text that are used; None for all.
+        decoding: score the candidate as it writes text, through pages with this cache; None: in full forwards, which
+            read no quantized cache.
+        against_plain_cache: the baseline is the candidate itself without a quantized cache; needs `decoding`.
     """
 
     source: TextSource
     window_size: int | None = None
     stride: int | None = None
     max_tokens: int | None = None
+    decoding: CacheOptions | None = None
+    against_plain_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +71,7 @@ class EvaluationReport:
         tokens_sha256: of the windows' tokens; equal numbers mean the same text and tokenizer.
         notes: what was done with the text.
         warnings: everything that a user must hear about.
+        cache: what the candidate was scored with; None in full forwards.
     """
 
     result: EvalResult
@@ -71,6 +81,7 @@ class EvaluationReport:
     tokens_sha256: str
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    cache: CacheFacts | None = None
 
 
 def evaluate_folders(
@@ -92,9 +103,10 @@ def evaluate_folders(
         InputError: tokenizer and model, or the two models, do not belong together.
         NumericalError: a model gives logits that are not finite.
     """
+    _require_one_baseline(settings, baseline)
     tokenizer = load_tokenizer(candidate)
-    candidate_model = load_model(candidate, device=device)
-    spec = candidate_model.spec
+    decoder = load_model(candidate, device=device)
+    spec = decoder.spec
     windows = evaluation_windows(
         load_documents(settings.source, render_chat=tokenizer.render_chat),
         tokenizer,
@@ -105,10 +117,11 @@ def evaluate_folders(
     _require_known_tokens(windows, spec)
     if baseline is not None:
         _require_same_tokenizer(tokenizer, baseline, windows)
+    models = _models(candidate, decoder, settings, window_size=windows.tokens_WS.shape[1])
     result = evaluate(
-        candidate_model,
+        models.candidate,
         windows.tokens_WS,
-        baseline=None if baseline is None else load_model(baseline, device=device),
+        baseline=models.itself if baseline is None else load_model(baseline, device=device),
         first_scored_W=windows.first_scored_W,
         progress=progress,
     )
@@ -119,7 +132,50 @@ def evaluate_folders(
         remainder_tokens=windows.remainder_tokens,
         tokens_sha256=windows.sha256,
         notes=windows.notes,
-        warnings=source_warnings(settings.source) + _position_warnings(windows, spec),
+        warnings=source_warnings(settings.source) + _position_warnings(windows, spec) + models.warnings,
+        cache=models.cache,
+    )
+
+
+def _require_one_baseline(settings: EvaluationSettings, baseline: Path | None) -> None:
+    if settings.against_plain_cache and (settings.decoding is None or baseline is not None):
+        raise UsageError(
+            "--baseline-cache",
+            expected="--decode, and no --baseline",
+            found="no --decode" if settings.decoding is None else f"the baseline {baseline}",
+            action="Compare either with another model, or with the same one without a quantized cache.",
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class _Models:
+    """What is scored: the candidate, and itself with a plain cache where that is the baseline."""
+
+    candidate: LanguageModel
+    itself: LanguageModel | None = None
+    cache: CacheFacts | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def _models(folder: Path, decoder: Decoder, settings: EvaluationSettings, *, window_size: int) -> _Models:
+    if settings.decoding is None:
+        return _Models(candidate=decoder)
+    setup = cache_of_folder(CheckpointFolder.open(folder), decoder.spec)
+    through_pages = DecodingModel.start(decoder, setup, settings.decoding, window_size=window_size)
+    return _Models(
+        candidate=through_pages,
+        itself=through_pages.runner.decoder if settings.against_plain_cache else None,
+        cache=through_pages.cache,
+        warnings=_cache_warnings(through_pages.cache, window_size),
+    )
+
+
+def _cache_warnings(cache: CacheFacts, window_size: int) -> tuple[str, ...]:
+    if cache.num_exact < window_size // 2 or cache.mode == PLAIN_CACHE:
+        return ()
+    return (
+        f"The windows have {window_size} tokens, of which each token reads up to {cache.num_exact} in full precision: "
+        "longer windows say more of the codes.",
     )
 
 

@@ -17,6 +17,7 @@ from optgptq.checkpoint.writer import ShardWriter, TensorEntry
 from optgptq.errors import ModelError
 from optgptq.formats.base import CheckpointFormat
 from optgptq.formats.gptq_config import QUANTIZE_CONFIG_FILE
+from optgptq.formats.kv_cache_keys import CACHE_KEY
 from optgptq.layout import LinearLayout
 
 QUANTIZATION_KEY = "quantization_config"
@@ -70,7 +71,7 @@ def write_side_files(
     """Copy every other file byte for byte and write the configuration of the result.
 
     `config.json` keeps the source's bytes and gains the key `quantization_config`; a source whose config is not that of
-    its file has it written anew.
+    its file has it written anew. A quantized KV cache is not taken over: it was measured with the weights it came with.
 
     Raises:
         CapacityError, OutputError: a file cannot be written.
@@ -93,7 +94,7 @@ def copy_side_files(source: TensorSource, folder: Path) -> None:
 
 
 def write_dense_config(source: TensorSource, folder: Path) -> None:
-    """Write the config of `source`: the bytes of its file where that says the same.
+    """Write the config of `source`, without a quantized KV cache: the bytes of its file where that says the same.
 
     Raises:
         CapacityError, OutputError: the file cannot be written.
@@ -102,34 +103,39 @@ def write_dense_config(source: TensorSource, folder: Path) -> None:
 
 
 def config_text(text: str, quantization: Mapping[str, Any]) -> str:
-    """Return the text of a config.json with `quantization_config` set, everything else as it was.
+    """Return the text of a config.json with `quantization_config` set, everything else as it was."""
+    return with_config_key(text, QUANTIZATION_KEY, quantization)
+
+
+def with_config_key(text: str, key: str, value: Mapping[str, Any]) -> str:
+    """Return the text of a config.json with `key` set, everything else as it was.
 
     A new key is put before the last brace, so that spacing and numbers stay as they are; to replace one, the object is
     written again in the order of its keys.
     """
     config = json.loads(text)
-    wanted = {**config, QUANTIZATION_KEY: quantization}
-    if QUANTIZATION_KEY not in config:
+    wanted = {**config, key: value}
+    if key not in config:
         body = text.rstrip().removesuffix("}").rstrip()
-        addition = json.dumps(quantization, indent=2, ensure_ascii=False).replace("\n", "\n  ")
+        addition = json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n  ")
         comma = "," if config else ""
-        return f'{body}{comma}\n  "{QUANTIZATION_KEY}": {addition}\n}}\n'
+        return f'{body}{comma}\n  "{key}": {addition}\n}}\n'
     return json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
 
 
 def same_config(folder: TensorSource, source: TensorSource) -> bool:
-    """True if both config.json say the same, `quantization_config` left aside."""
-    first, second = dict(folder.config), dict(source.config)
-    first.pop(QUANTIZATION_KEY, None)
-    second.pop(QUANTIZATION_KEY, None)
+    """True if both config.json say the same, `quantization_config` and the KV cache left aside."""
+    own = (QUANTIZATION_KEY, CACHE_KEY)
+    first, second = ({key: value for key, value in part.config.items() if key not in own} for part in (folder, source))
     return _same_json(first, second)
 
 
 def _source_text(source: TensorSource) -> str:
     text = (source.path / CONFIG_FILE).read_text(encoding="utf-8-sig")
-    if _same_json(json.loads(text), source.config):
+    config = {key: value for key, value in source.config.items() if key != CACHE_KEY}
+    if _same_json(json.loads(text), config):
         return text
-    return json.dumps(source.config, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def _same_json(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

@@ -10,11 +10,12 @@ from optgptq.checkpoint.writer import ShardWriter, TensorEntry
 from optgptq.errors import FormatError, ModelError
 from optgptq.formats import detect
 from optgptq.formats.checkpoint import copy_side_files, same_config, write_dense_config
+from optgptq.formats.fp8_scales import fp8_summary
 from optgptq.formats.verify import same_bytes
 
 
 def require_dense(folder: CheckpointFolder) -> None:
-    """Raise ModelError where the model is quantized already."""
+    """Raise ModelError where the model is quantized already, or comes with scales that were measured on its weights."""
     form = detect(folder)
     if form is not None:
         raise ModelError(
@@ -22,6 +23,13 @@ def require_dense(folder: CheckpointFolder) -> None:
             expected="a model with dense weights",
             found=f"one that is quantized already ({form.name})",
             action="Start from the original model; `optgptq convert` changes the layout of a quantized one.",
+        )
+    if fp8_summary(folder) is not None:
+        raise ModelError(
+            str(folder.path),
+            expected="weights alone",
+            found="scales of an fp8 KV cache beside them, which would no longer fit other weights",
+            action="Start from the model without k_scale and v_scale tensors; kv_cache.fp8_scales makes new ones.",
         )
 
 

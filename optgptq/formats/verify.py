@@ -12,9 +12,12 @@ import torch
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.manifest import Problem, check_manifest, read_manifest, sha256_file
 from optgptq.checkpoint.source import TensorSource
+from optgptq.checkpoint.writer import TensorEntry
 from optgptq.errors import FormatError, OptGPTQError
 from optgptq.formats import CheckpointFormat, detect
 from optgptq.formats.checkpoint import OWN_FILES, plan_entries, same_config
+from optgptq.formats.fp8_scales import check_fp8_scales
+from optgptq.formats.kv_cache_verify import cache_file, check_cache
 from optgptq.formats.tensors import columns_per_group
 from optgptq.layout import LinearLayout
 from optgptq.quantized_weight import QuantizedWeight
@@ -54,7 +57,12 @@ def weight_digest(weight: QuantizedWeight) -> str:
 
 
 def verify_written(
-    folder: CheckpointFolder, source: TensorSource, layouts: Sequence[LinearLayout], digests: Mapping[str, str]
+    folder: CheckpointFolder,
+    source: TensorSource,
+    layouts: Sequence[LinearLayout],
+    digests: Mapping[str, str],
+    *,
+    added: Sequence[TensorEntry] = (),
 ) -> None:
     """Read back everything that was written and compare it with what was meant.
 
@@ -63,6 +71,7 @@ def verify_written(
         source: the dense checkpoint that it was made of.
         layouts: what was decided about each linear.
         digests: `weight_digest` of the solver's weight, by linear.
+        added: tensors that no source has; their values are not looked at.
 
     Raises:
         FormatError: naming the first tensor or file that differs.
@@ -70,7 +79,7 @@ def verify_written(
     form = detect(folder)
     if form is None:
         raise _differs(str(folder.path), "a quantized checkpoint", "a dense one")
-    _verify_inventory(folder, source, layouts, form)
+    _verify_inventory(folder, [*plan_entries(source, layouts, form), *added])
     found = {layout.name: layout for layout in form.read_layouts(folder)}
     for layout in layouts:
         if layout.bits is not None:
@@ -83,7 +92,7 @@ def verify_written(
 
 
 def verify_folder(folder: CheckpointFolder) -> VerifyReport:
-    """Return every problem of a checkpoint, ours or foreign: hashes, shapes, words, groups, finite values.
+    """Return every problem of a checkpoint, ours or foreign: hashes, shapes, words, groups, finite values, KV cache.
 
     Raises:
         FormatError: its configuration cannot be understood at all.
@@ -102,8 +111,11 @@ def verify_folder(folder: CheckpointFolder) -> VerifyReport:
     for name in folder.tensors:
         if name not in packed:
             problems += _check_dense(folder, name)
-    if folder.left_out_files:
-        notes.append(f"not looked at: {', '.join(folder.left_out_files)}")
+    problems += check_fp8_scales(folder)
+    problems += check_cache(folder)
+    unread = [name for name in folder.left_out_files if name != cache_file(folder)]
+    if unread:
+        notes.append(f"not looked at: {', '.join(unread)}")
     return VerifyReport(
         format=form.name if form is not None else "dense",
         num_tensors=len(folder.tensors),
@@ -120,10 +132,8 @@ def same_bytes(first: TensorSource, second: TensorSource, name: str) -> bool:
     return all(left is not None and right is not None and torch.equal(left, right) for left, right in pairs)
 
 
-def _verify_inventory(
-    folder: CheckpointFolder, source: TensorSource, layouts: Sequence[LinearLayout], form: CheckpointFormat
-) -> None:
-    planned = {entry.name: (entry.dtype, entry.shape) for entry in plan_entries(source, layouts, form)}
+def _verify_inventory(folder: CheckpointFolder, entries: Sequence[TensorEntry]) -> None:
+    planned = {entry.name: (entry.dtype, entry.shape) for entry in entries}
     stored = {name: (info.torch_dtype, info.shape) for name, info in folder.tensors.items()}
     for name in sorted(planned.keys() | stored.keys()):
         if planned.get(name) != stored.get(name):

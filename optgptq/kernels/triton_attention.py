@@ -110,7 +110,7 @@ def store_tokens(
     num_tokens, num_kv_heads, head_dim = key_TKD.shape
     if num_tokens == 0:
         return
-    key_TKD, value_TKD = _with_whole_tokens(key_TKD), _with_whole_tokens(value_TKD)
+    key_TKD, value_TKD = with_whole_tokens(key_TKD), with_whole_tokens(value_TKD)
     assert keys_ZKDY.is_contiguous()
     assert values_ZKYD.is_contiguous()
     with torch.cuda.device(key_TKD.get_device()):
@@ -145,7 +145,7 @@ def paged_attention(
     output_TND = torch.empty(query_TND.shape, dtype=query_TND.dtype, device=query_TND.device)
     if num_tokens == 0:
         return output_TND
-    query_TND = _with_whole_tokens(query_TND)
+    query_TND = with_whole_tokens(query_TND)
     assert keys_ZKDY.is_contiguous()
     assert values_ZKYD.is_contiguous()
     assert batch.page_table_RP.is_contiguous()
@@ -159,11 +159,11 @@ def paged_attention(
         sums = output_TND.new_empty(plan.segments, *query_TND.shape, dtype=torch.float32)
         states = output_TND.new_empty(2, plan.segments, num_tokens, num_heads, dtype=torch.float32)
         _attend(query_TND, keys_ZKDY, values_ZKYD, batch, rule, target=(sums, states), tiles=tiles, plan=plan)
-        _join(sums, states, batch, rule, output_TND)
+        join(sums, states, batch, rule, output_TND)
     return output_TND
 
 
-def _with_whole_tokens(heads_TND: torch.Tensor) -> torch.Tensor:
+def with_whole_tokens(heads_TND: torch.Tensor) -> torch.Tensor:
     """Return the heads with those of a token one after the other; tokens may be apart, as in a joint projection."""
     _, num_heads, head_dim = heads_TND.shape
     is_whole = heads_TND.stride(2) == 1 and (num_heads == 1 or heads_TND.stride(1) == head_dim)
@@ -217,7 +217,7 @@ def _attend(
     )
 
 
-def _join(
+def join(
     sums_STND: torch.Tensor, states: torch.Tensor, batch: PagedBatch, rule: ScoreRule, output_TND: torch.Tensor
 ) -> None:
     num_segments, num_tokens, num_heads, head_dim = sums_STND.shape

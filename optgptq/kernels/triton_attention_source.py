@@ -113,11 +113,10 @@ def load_tile(
 
 
 @triton.jit
-def tile_scores(q, k, key, position, slope, window, scale, softcap, alibi_scale, ROUND_ALIBI: tl.constexpr):
-    """Return scores `[M, TILE]` of queries `[M, D]` and keys `[D, TILE]`, minus infinity where a key is not seen."""
-    scores = tl.dot(q, k, input_precision="ieee") * scale
+def ruled(scores, key, position, slope, softcap, alibi_scale, ROUND_ALIBI: tl.constexpr):
+    """Return scaled scores `[M, TILE]` with softcap and ALiBi."""
     if softcap is not None:
-        # tanh of half the score: `scale` holds 2 / softcap, and `softcap` the unit.
+        # tanh of half the score: the scale holds 2 / softcap, and `softcap` the unit.
         scores = softcap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
     if slope is not None:
         if ROUND_ALIBI:
@@ -125,6 +124,14 @@ def tile_scores(q, k, key, position, slope, window, scale, softcap, alibi_scale,
             scores += (rounded_alibi(slope[:, None], key[None, :]) - own[:, None]) * alibi_scale
         else:
             scores += (slope * alibi_scale)[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
+    return scores
+
+
+@triton.jit
+def tile_scores(q, k, key, position, slope, window, scale, softcap, alibi_scale, ROUND_ALIBI: tl.constexpr):
+    """Return scores `[M, TILE]` of queries `[M, D]` and keys `[D, TILE]`, minus infinity where a key is not seen."""
+    scores = tl.dot(q, k, input_precision="ieee") * scale
+    scores = ruled(scores, key, position, slope, softcap, alibi_scale, ROUND_ALIBI)
     visible = key[None, :] <= position[:, None]
     if window is not None:
         visible &= key[None, :] > position[:, None] - window

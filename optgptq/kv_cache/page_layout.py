@@ -8,10 +8,10 @@ parameters of keys, parameters of values; each of these planes begins at a multi
                  `[Y / group_size, D, 2]` for groups along tokens; none for exact sides.
 
 A row of codes, with `split` packing: 8 bits: byte `d` is channel `d`. 4 bits: byte `d < D / 2` holds channel `d` in its
-low half and channel `d + D / 2` in its high half. 2 bits: byte `d < D / 4` holds channels `d`, `d + D / 4`, `d + D / 2`,
-`d + 3 D / 4` from its lowest bits up. 3 bits: the lower two bits of all codes packed so, then their third bits, byte
-`d < D / 8` holding channels `d`, `d + D / 8` and so on from its lowest bit up. Rows are filled up to 4 bytes; those of
-3 bits are filled up after each of their two planes.
+low half and channel `d + D / 2` in its high half. 2 bits: byte `d < D / 4` holds channels `d`, `d + D / 4`,
+`d + D / 2`, `d + 3 D / 4` from its lowest bits up. 3 bits: the lower two bits of all codes packed so, then their third
+bits, byte `d < D / 8` holding channels `d`, `d + D / 8` and so on from its lowest bit up. Rows are filled up to 4
+bytes; those of 3 bits are filled up after each of their two planes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What is done to queries, keys, values and outputs around a quantized cache; scores and outputs stay what they were.
 
-With `y = ((x - shift) / scale) @ rotation` stored, a query becomes `(q * scale) @ rotation`: then `q' y = q (x - shift)`,
-and the part of the shift is the same for all keys of a query. Computed in float32, given back in the dtype that came.
+With `y = ((x - shift) / scale) @ rotation` stored, a query becomes `(q * scale) @ rotation`: then `q' y` is
+`q (x - shift)`, and the part of the shift is the same for all keys of a query. Computed in float32, given back in the
+dtype that came.
 
 Shapes: `T` tokens, `N` query heads, `K` key/value heads, `D` head dimension.
 """

@@ -28,8 +28,9 @@ def check_inventory(folder: TensorSource, spec: DecoderSpec, *, supplied: Collec
     expected = expected_tensors(spec)
     known = expected | head_shape(spec)
     skipped = frozenset(supplied)
+    unused = _cache_scales(spec)
     for name, info in folder.tensors.items():
-        if name.rpartition(".")[0] in skipped or name.endswith(spec.names.ignored or ("\0",)):
+        if name in unused or name.rpartition(".")[0] in skipped or name.endswith(spec.names.ignored or ("\0",)):
             continue
         if name not in known:
             raise _unknown_tensor(folder, name, info.shape)
@@ -90,6 +91,12 @@ def require_finite(tensor: torch.Tensor, *, where: str) -> None:
         found=f"{bad} of {tensor.numel()} values NaN or infinite",
         action="The weights are damaged; download or export the model again.",
     )
+
+
+def _cache_scales(spec: DecoderSpec) -> frozenset[str]:
+    """Return names of scales for an fp8 KV cache, of other engines: what the model computes does not need them."""
+    modules = [name.rpartition(".")[0] for index in range(spec.num_layers) for name in spec.linear_names(index, "o")]
+    return frozenset(f"{module}.{leaf}" for module in modules for leaf in ("k_scale", "v_scale"))
 
 
 def _unknown_tensor(folder: TensorSource, name: str, shape: tuple[int, ...]) -> ModelError:

@@ -66,6 +66,8 @@ def load_library(folder: Path = _FOLDER) -> Library | None:
     shared.optgptq_rms_norm_bfloat16.argtypes = [*(pointer,) * 3, *(integer,) * 2, ctypes.c_double, integer]
     shared.optgptq_paged_attention.argtypes = [pointer, ctypes.c_int, integer]
     shared.optgptq_store_tokens.argtypes = [pointer, ctypes.c_int, integer]
+    shared.optgptq_attend_codes.argtypes = [pointer, ctypes.c_int, integer]
+    shared.optgptq_store_codes.argtypes = [pointer, ctypes.c_int, integer]
     shared.optgptq_attention_function.argtypes = [pointer, pointer, integer, ctypes.c_int, ctypes.c_int]
     return Library(
         shared=shared,

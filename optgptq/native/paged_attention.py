@@ -16,10 +16,10 @@ from optgptq.native.library import PATHS, Library, check_done, load_library
 if TYPE_CHECKING:
     from optgptq.kernels.paged_attention import PagedBatch, ScoreRule
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class _Pages(ctypes.Structure):
+class Pages(ctypes.Structure):
     """`Pages` of `source/paged_attention.hpp`, field by field."""
 
     _fields_ = (
@@ -28,7 +28,7 @@ class _Pages(ctypes.Structure):
     )
 
 
-class _Sequences(ctypes.Structure):
+class Sequences(ctypes.Structure):
     """`PagedSequences`."""
 
     _fields_ = (
@@ -37,7 +37,7 @@ class _Sequences(ctypes.Structure):
     )
 
 
-class _Rule(ctypes.Structure):
+class Rule(ctypes.Structure):
     """`ScoreRule`."""
 
     _fields_ = (
@@ -51,9 +51,9 @@ class _AttentionCall(ctypes.Structure):
     """`PagedCall`."""
 
     _fields_ = (
-        ("pages", _Pages),
-        ("sequences", _Sequences),
-        ("rule", _Rule),
+        ("pages", Pages),
+        ("sequences", Sequences),
+        ("rule", Rule),
         *((name, ctypes.c_void_p) for name in ("query", "output")),
         *((name, ctypes.c_int64) for name in ("token_stride", "head_stride", "num_heads")),
     )
@@ -63,7 +63,7 @@ class _StoreCall(ctypes.Structure):
     """`StoreCall`."""
 
     _fields_ = (
-        ("pages", _Pages),
+        ("pages", Pages),
         *((name, ctypes.c_void_p) for name in ("key", "value", "slot")),
         *((name, ctypes.c_int64) for name in ("key_token_stride", "key_head_stride")),
         *((name, ctypes.c_int64) for name in ("value_token_stride", "value_head_stride", "num_tokens")),
@@ -72,7 +72,7 @@ class _StoreCall(ctypes.Structure):
 
 def takes_pages(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the calls below take queries, keys and values of this dtype."""
-    return device.type == "cpu" and dtype in _TYPES and load_library() is not None
+    return device.type == "cpu" and dtype in TYPES and load_library() is not None
 
 
 def store_tokens(
@@ -88,7 +88,7 @@ def store_tokens(
 
     `path` is an instruction set, None for the fastest.
     """
-    key_TKD, value_TKD = _numbers(key_TKD), _numbers(value_TKD)
+    key_TKD, value_TKD = float_rows(key_TKD), float_rows(value_TKD)
     num_tokens = key_TKD.shape[0]
     assert key_TKD.shape == value_TKD.shape == (num_tokens, *keys_ZKDY.shape[1:3])
     assert slot_T.dtype == torch.int64 and slot_T.is_contiguous() and slot_T.shape == (num_tokens,)  # noqa: PT018
@@ -101,7 +101,7 @@ def store_tokens(
         *value_TKD.stride()[:2],
         num_tokens,
     )
-    library, number = _path(path)
+    library, number = numbered_path(path)
     check_done(library.shared.optgptq_store_tokens(ctypes.byref(call), number, torch.get_num_threads()))
 
 
@@ -118,21 +118,21 @@ def paged_attention(
 
     A row has the same bits in any batch, however its sequence is cut into parts, on any number of threads.
     """
-    query = _numbers(query_TND)
+    query = float_rows(query_TND)
     output = torch.empty(query.shape, dtype=torch.float32)
     num_heads = query.shape[1]
     assert query.shape[2] == keys_ZKDY.shape[2]
     assert num_heads % keys_ZKDY.shape[1] == 0
     call = _AttentionCall(
         _pages(keys_ZKDY, values_ZKYD),
-        _sequences(batch),
-        _rule(rule, num_heads),
+        sequences_fields(batch),
+        rule_fields(rule, num_heads),
         query.data_ptr(),
         output.data_ptr(),
         *query.stride()[:2],
         num_heads,
     )
-    library, number = _path(path)
+    library, number = numbered_path(path)
     check_done(library.shared.optgptq_paged_attention(ctypes.byref(call), number, torch.get_num_threads()))
     return output if query_TND.dtype == torch.float32 else output.to(query_TND.dtype)
 
@@ -148,7 +148,7 @@ def hyperbolic_tangent(path: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def _function(path: str, x: torch.Tensor, *, hyperbolic: bool) -> torch.Tensor:
-    library, number = _path(path)
+    library, number = numbered_path(path)
     x = x.float().contiguous()
     result = torch.empty_like(x)
     shared = library.shared
@@ -156,40 +156,40 @@ def _function(path: str, x: torch.Tensor, *, hyperbolic: bool) -> torch.Tensor:
     return result
 
 
-def _numbers(rows: torch.Tensor) -> torch.Tensor:
+def float_rows(rows: torch.Tensor) -> torch.Tensor:
     """Return rows in float32, the numbers of a head side by side."""
     rows = rows if rows.dtype == torch.float32 else rows.float()
     return rows if rows.stride(2) == 1 else rows.contiguous()
 
 
-def _pages(keys_ZKDY: torch.Tensor, values_ZKYD: torch.Tensor) -> _Pages:
+def _pages(keys_ZKDY: torch.Tensor, values_ZKYD: torch.Tensor) -> Pages:
     num_pages, num_kv_heads, head_dim, page_size = keys_ZKDY.shape
     assert values_ZKYD.shape == (num_pages, num_kv_heads, page_size, head_dim)
     assert keys_ZKDY.is_contiguous() and values_ZKYD.is_contiguous()  # noqa: PT018
     assert keys_ZKDY.dtype == values_ZKYD.dtype
-    number_type = _TYPES[keys_ZKDY.dtype]
-    return _Pages(keys_ZKDY.data_ptr(), values_ZKYD.data_ptr(), num_kv_heads, head_dim, page_size, number_type)
+    number_type = TYPES[keys_ZKDY.dtype]
+    return Pages(keys_ZKDY.data_ptr(), values_ZKYD.data_ptr(), num_kv_heads, head_dim, page_size, number_type)
 
 
-def _sequences(batch: PagedBatch) -> _Sequences:
+def sequences_fields(batch: PagedBatch) -> Sequences:
     starts, contexts, table = batch.query_start_R1, batch.context_R, batch.page_table_RP
     assert starts.dtype == contexts.dtype == table.dtype == torch.int32
     assert table.stride(1) == 1 or table.shape[1] <= 1
     num_sequences = contexts.shape[0]
     pointers = (starts.data_ptr(), contexts.data_ptr(), table.data_ptr())
-    return _Sequences(*pointers, table.stride(0), num_sequences, batch.max_query)
+    return Sequences(*pointers, table.stride(0), num_sequences, batch.max_query)
 
 
-def _rule(rule: ScoreRule, num_heads: int) -> _Rule:
+def rule_fields(rule: ScoreRule, num_heads: int) -> Rule:
     pointers = []
     for numbers_N in (rule.slopes_N, rule.sinks_N):
         assert numbers_N is None or (numbers_N.dtype == torch.float32 and numbers_N.shape == (num_heads,))
         assert numbers_N is None or numbers_N.is_contiguous()
         pointers.append(None if numbers_N is None else numbers_N.data_ptr())
-    return _Rule(*pointers, rule.window or 0, rule.round_alibi, rule.scale, rule.softcap or 0.0, rule.alibi_scale)
+    return Rule(*pointers, rule.window or 0, rule.round_alibi, rule.scale, rule.softcap or 0.0, rule.alibi_scale)
 
 
-def _path(path: str | None) -> tuple[Library, int]:
+def numbered_path(path: str | None) -> tuple[Library, int]:
     library = load_library()
     assert library is not None
     return library, PATHS[path or library.paths[0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optgptq.recipe.calibration import CalibrationRecipe
 from optgptq.recipe.gqa import GQARecipe
+from optgptq.recipe.kv_cache import KVCacheRecipe, KVCacheRule
 from optgptq.recipe.loading import (
     ShippedRecipe,
     load_recipe,
@@ -12,7 +13,7 @@ from optgptq.recipe.loading import (
     recipe_to_yaml,
     shipped_recipes,
 )
-from optgptq.recipe.records import AttentionRecipe, ExportRecipe, KVCacheRecipe, Recipe, TransformRecipe
+from optgptq.recipe.records import AttentionRecipe, ExportRecipe, Recipe, TransformRecipe
 from optgptq.recipe.rules import ResolvedWeight, check_rules, resolve_weight
 from optgptq.recipe.weights import WeightRecipe, WeightRule
 
@@ -22,6 +23,7 @@ __all__ = [
     "ExportRecipe",
     "GQARecipe",
     "KVCacheRecipe",
+    "KVCacheRule",
     "Recipe",
     "ResolvedWeight",
     "ShippedRecipe",

@@ -59,7 +59,7 @@ def _range(schema: Schema, noun: str) -> str:
 
 def _valid_text(schema: Schema) -> str:
     if "examples" in schema:
-        return f"a size such as {schema['examples'][0]}"
+        return f"{schema['title']} such as {schema['examples'][0]}"
     if schema.get("format") == "regex":
         return "a regular expression"
     return "text that is not empty" if schema.get("minLength") else "text"

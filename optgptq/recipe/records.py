@@ -13,6 +13,7 @@ from pydantic import Field, StrictBool, StrictStr, model_validator
 
 from optgptq.recipe.calibration import CalibrationRecipe
 from optgptq.recipe.gqa import GQARecipe
+from optgptq.recipe.kv_cache import KVCacheRecipe
 from optgptq.recipe.section import ByteCount, PositiveInt, Section, impossible
 from optgptq.recipe.weights import BINARY_METHODS, BinaryRecipe, WeightRecipe, WeightRule
 
@@ -66,12 +67,6 @@ class NormTweakingRecipe(Section):
     )
 
 
-class KVCacheRecipe(Section):
-    """How keys and values are kept at run time."""
-
-    bits: Literal[16] = Field(default=16, description="bits per cached key or value")
-
-
 class ExportRecipe(Section):
     """What is written."""
 
@@ -95,6 +90,35 @@ class Recipe(Section):
     calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="which text is read")
     kv_cache: KVCacheRecipe = Field(default=KVCacheRecipe(), description="how keys and values are kept")
     export: ExportRecipe = Field(default=ExportRecipe(), description="what is written")
+
+    @model_validator(mode="after")
+    def _check_dense_weights(self) -> Self:
+        if self.weights.method != "none":
+            return self
+        why = "where weights stay as they are (weights.method none)"
+        fields = [field for field in WeightRecipe.model_fields if field != "method"]
+        _require_defaults("weights", self.weights, fields, why=why)
+        _require_defaults("norm_tweaking", self.norm_tweaking, ("steps",), why=why)
+        _require_defaults("export", self.export, ("format",), why=why)
+        if not self.kv_cache.is_quantized and self.gqa.group == 1 and self.transform == TransformRecipe():
+            raise impossible(
+                "weights.method",
+                expected="a method, or none together with a quantized KV cache, grouped heads or a transform",
+                found="none, and nothing else is asked",
+                action="Set kv_cache.bits=4, or choose a method.",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_fp8_scales(self) -> Self:
+        if self.kv_cache.fp8_scales != "off" and self.export.format != "compressed-tensors":
+            raise impossible(
+                "kv_cache.fp8_scales",
+                expected="off, unless export.format is compressed-tensors, the one layout whose readers look for them",
+                found=f"{self.kv_cache.fp8_scales} with export.format {self.export.format}",
+                action="Set export.format=compressed-tensors or kv_cache.fp8_scales=off.",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_shift(self) -> Self:
@@ -158,7 +182,7 @@ def _require_defaults(section: str, values: Section, fields: Iterable[str], *, w
                 f"{section}.{field}",
                 expected=f"{expected} {why}",
                 found=f"{found}",
-                action=f"Leave {section}.{field} out, or choose another method.",
+                action=f"Leave {section}.{field} out, or choose another weights.method.",
             )
 
 

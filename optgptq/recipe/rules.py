@@ -66,12 +66,15 @@ def resolve_weight(weights: WeightRecipe, linear_name: str) -> ResolvedWeight:
     Raises:
         RecipeError: a pattern backtracks without end.
     """
+    is_none = weights.method == "none"
     settings = ResolvedWeight(
-        method=weights.method,
+        method="rtn" if weights.method == "none" else weights.method,
         bits=weights.bits,
         group_size=weights.group_size,
         symmetric=weights.symmetric,
         grid_search=weights.grid_search,
+        keep_dense=is_none,
+        reason="weights.method none" if is_none else None,
     )
     for index, pattern in enumerate(weights.keep_dense):
         if _matches(pattern, linear_name, f"weights.keep_dense.{index}"):

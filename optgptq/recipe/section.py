@@ -45,7 +45,7 @@ Pattern = Annotated[StrictStr, AfterValidator(_checked_pattern), Field(json_sche
 GroupSize = Literal[-1] | Annotated[int, Field(strict=True, ge=16, le=1024)]
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-SizeText = Annotated[str, Field(examples=["5GB"])]
+SizeText = Annotated[str, Field(title="a size", examples=["5GB"])]
 ByteCount = Annotated[
     int,
     Field(strict=True, ge=1),

@@ -9,6 +9,7 @@ from pydantic import Field, StrictBool, StrictStr, model_validator
 from optgptq.recipe.section import FloatDtype, GroupSize, Pattern, Section, Share, impossible
 
 Method = Literal["rtn", "gptq", "attention_aware", "gptqt", "binary", "attention_aware_binary"]
+MethodOrNone = Literal["none", "rtn", "gptq", "attention_aware", "gptqt", "binary", "attention_aware_binary"]
 BINARY_METHODS: frozenset[Method] = frozenset(("gptqt", "binary", "attention_aware_binary"))
 Bits = Literal[2, 3, 4, 8]
 ColumnOrder = Literal["natural", "activation", "group_aware", "min_pivot"]
@@ -35,9 +36,9 @@ class WeightRule(Section):
 class WeightRecipe(Section):
     """How weights are quantized."""
 
-    method: Method = Field(
+    method: MethodOrNone = Field(
         default="gptq",
-        description="rtn rounds to nearest; gptq compensates each column's error in the next; attention_aware also "
+        description="none leaves all weights as they are; rtn rounds to nearest; gptq compensates each column's error in the next; attention_aware also "
         "sees what attention makes of queries, keys and values (section attention); binary and attention_aware_binary "
         "do the same with sums of signs in place of uniform grids (section binary); gptqt is binary as published",
     )

@@ -16,7 +16,7 @@ class JobStarted:
 
     Attributes:
         title: one line for people, for example `quantize bundled:story-llama with gptq-w4`.
-        num_decoder_layers: how many `DecoderLayerFinished` will come.
+        num_decoder_layers: how many `DecoderLayerFinished` will come; 0, as below, where weights stay as they are.
         num_linears: how many `LinearFinished` will come.
     """
 
@@ -111,6 +111,22 @@ class HeadsGrouped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheFound:
+    """The parameters of the KV cache are found and written.
+
+    Attributes:
+        key_bits, value_bits: of a number on average, its share of scales and minimums included.
+        bytes_per_token: codes of one token in all layers.
+        exact_bytes_per_token: the same with 16 bits for each number.
+    """
+
+    key_bits: float
+    value_bits: float
+    bytes_per_token: float
+    exact_bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WarningRaised:
     """Something that the user must hear about; the same sentence stands in the result."""
 
@@ -125,6 +141,7 @@ ProgressEvent = (
     | LinearFinished
     | DecoderLayerFinished
     | HeadsGrouped
+    | CacheFound
     | WarningRaised
 )
 ProgressListener = Callable[[ProgressEvent], None]

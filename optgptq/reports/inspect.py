@@ -9,7 +9,10 @@ from typing import Any
 from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
 from optgptq.checkpoint.manifest import read_manifest
 from optgptq.formats import CheckpointFormat, detect
+from optgptq.formats.fp8_scales import Fp8Summary, fp8_summary
+from optgptq.formats.kv_cache_keys import CACHE_KEY
 from optgptq.layout import LinearLayout
+from optgptq.reports.kv_cache import CacheReport, cache_report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,8 @@ class InspectReport:
         recipe: name of the recipe, from the manifest; empty where there is none.
         made_by: version of optgptq that made it; None for foreign checkpoints.
         warnings: from the manifest.
+        kv_cache: the quantized KV cache that it asks for, None where it asks for none.
+        fp8_cache: scales of an fp8 KV cache for other engines, None where there are none.
     """
 
     format: str
@@ -78,6 +83,8 @@ class InspectReport:
     recipe: str
     made_by: str | None
     warnings: tuple[str, ...]
+    kv_cache: CacheReport | None
+    fp8_cache: Fp8Summary | None
 
 
 def inspect_checkpoint(folder: CheckpointFolder) -> InspectReport:
@@ -85,6 +92,7 @@ def inspect_checkpoint(folder: CheckpointFolder) -> InspectReport:
 
     Raises:
         FormatError: its configuration cannot be understood.
+        ModelError: it asks for a quantized KV cache, and its model is not known.
     """
     form = detect(folder)
     manifest = read_manifest(folder.path) or {}
@@ -114,6 +122,8 @@ def inspect_checkpoint(folder: CheckpointFolder) -> InspectReport:
         recipe=_recipe_name(manifest),
         made_by=_text(manifest.get("optgptq")),
         warnings=tuple(str(warning) for warning in manifest.get("warnings") or ()),
+        kv_cache=cache_report(folder) if CACHE_KEY in folder.config else None,
+        fp8_cache=fp8_summary(folder),
     )
 
 

@@ -13,7 +13,7 @@ from optgptq.runtime.engine import Engine
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.engine_thread import EngineThread
 from optgptq.runtime.listener import Answer, Listener, Submission
-from optgptq.runtime.llm import load_for_engine
+from optgptq.runtime.llm import load_for_engine, with_cache
 from optgptq.runtime.load import HeldWeights
 from optgptq.runtime.prompt_tokens import Prompt
 from optgptq.runtime.results import GenerationResult, Piece
@@ -40,10 +40,13 @@ class AsyncEngine:
         weights: HeldWeights | Literal["auto"] = "auto",
         revision: str | None = None,
         settings: EngineSettings | None = None,
+        kv_cache: str | None = None,
+        past_only: str | None = None,
     ) -> AsyncEngine:
         """Load a model; arguments and errors are those of `optgptq.LLM`. Returns when it is ready."""
-        loaded = load_for_engine(model, device=device, dtype=dtype, weights=weights, revision=revision)
-        return cls(Engine(loaded.decoder, loaded.tokenizer, settings))
+        chosen = with_cache(settings, kv_cache, past_only)
+        loaded = load_for_engine(model, device=device, dtype=dtype, weights=weights, revision=revision, settings=chosen)
+        return cls(Engine(loaded.decoder, loaded.tokenizer, chosen, loaded.cache))
 
     async def stream(
         self,

@@ -10,7 +10,9 @@ import torch
 
 from optgptq.data.tokenizer import Tokenizer
 from optgptq.errors import OptGPTQError, UsageError
+from optgptq.kv_cache.setup import CacheSetup
 from optgptq.models.decoder import Decoder
+from optgptq.runtime.cache_plan import CachePlan
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.prompt_tokens import Prompt, prompt_token_ids
 from optgptq.runtime.request_options import check_options, check_request_id, request_seed
@@ -48,18 +50,27 @@ class Engine:
         decoder: Decoder,
         tokenizer: Tokenizer | None,
         settings: EngineSettings | None = None,
+        cache: CacheSetup | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Plan the memory and take it.
 
+        Args:
+            decoder: the model; its linears are fused in place.
+            tokenizer: of the model, or None.
+            settings: how requests share it.
+            cache: of the model's folder; `settings.kv_cache` says whether it is used.
+            clock: seconds, for deadlines and times.
+
         Raises:
             CapacityError: not even one text fits.
+            ModelError, UsageError: the quantized cache does not go with the model, or with the settings.
         """
         self.settings = settings or EngineSettings()
         self.tokenizer = tokenizer
         self._clock = clock
-        self.runner, scheduler_settings = start_runner(decoder, self.settings)
+        self.runner, scheduler_settings = start_runner(decoder, self.settings, cache)
         self.decoder = self.runner.decoder
         self.scheduler = Scheduler(scheduler_settings)
         self._states: dict[str, RequestState] = {}
@@ -67,6 +78,12 @@ class Engine:
         self._num_submitted = 0
         # An exception has left a change half-way, and what there was is not thrown away yet.
         self._is_torn = False
+
+    @property
+    def cache(self) -> CachePlan | None:
+        """The quantized cache; None with a plain one."""
+        attend = self.runner.attend.cache
+        return None if attend is None else attend.plan
 
     @property
     def max_length(self) -> int:

@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from optgptq.errors import UsageError
+from optgptq.kv_cache.page_layout import PAGE_MULTIPLE
+from optgptq.kv_cache.scheme import parse_past_mode
+
+CACHE_OF_CHECKPOINT, PLAIN_CACHE = "checkpoint", "16"
+DATA_FREE_BITS = {"8": 8, "4": 4, "3": 3, "2": 2}
+CACHE_CHOICES = (CACHE_OF_CHECKPOINT, PLAIN_CACHE, *DATA_FREE_BITS)
 
 # Tokens of one step. On a processor more tokens add little speed to a product of matrices, and a smaller step lets
 # requests start one after the other, so that fewer of them are at their longest at the same time.
@@ -21,7 +27,7 @@ class EngineSettings:
     """How requests share a model.
 
     Attributes:
-        page_size: tokens of a page, a multiple of 8.
+        page_size: tokens of a page, a multiple of 8; of 16 with a quantized cache.
         max_length: positions of a text, prompt included; None for what the model promises, as far as memory allows.
         max_step_tokens: tokens of one step; None for a number that suits the device.
         max_running: texts that are written at the same time; None for a number that suits the device.
@@ -30,6 +36,10 @@ class EngineSettings:
             prompts back instead.
         kv_cache_bytes: memory for keys and values; None for a share of what the device has left.
         memory_share: that share; None for half of a machine's memory, nine tenths of a GPU's.
+        kv_cache: `checkpoint`: keys and values are stored as the model's folder says; `16`: as they are computed; `8`,
+            `4`, `3`, `2`: in so many bits, rotated, without calibration.
+        past_only: which keys of a quantized cache a query reads as they were computed, in place of what its setup
+            says: `off`, `token`, `chunk` or `window:N`; see `optgptq.kv_cache.scheme.PastRule`.
         prefix_cache: keep pages of what was read, for later prompts that begin alike.
         deterministic: a text does not depend, to the bit, on what runs beside it; slower.
         graphs: replay recorded decode steps on GPUs.
@@ -45,6 +55,8 @@ class EngineSettings:
     max_waiting: int | None = None
     kv_cache_bytes: int | None = None
     memory_share: float | None = None
+    kv_cache: str = CACHE_OF_CHECKPOINT
+    past_only: str | None = None
     prefix_cache: bool = True
     deterministic: bool = False
     graphs: bool = True
@@ -76,6 +88,19 @@ class EngineSettings:
         _require(0 <= self.watermark_ratio < 1, "watermark_ratio", "0 or more and below 1", self.watermark_ratio)
         _require(self.aging_steps >= 1, "aging_steps", "at least 1", self.aging_steps)
         _require(0 <= self.seed < 1 << 62, "seed", "an integer from 0 to 2**62 - 1", self.seed)
+        self._require_cache()
+
+    def _require_cache(self) -> None:
+        choice = self.kv_cache
+        _require(choice in CACHE_CHOICES, "kv_cache", "one of " + ", ".join(CACHE_CHOICES), repr(choice))
+        if self.past_only is not None:
+            parse_past_mode(self.past_only)
+        _require(
+            choice not in DATA_FREE_BITS or self.page_size % PAGE_MULTIPLE == 0,
+            "page_size",
+            f"a multiple of {PAGE_MULTIPLE} with a quantized cache",
+            self.page_size,
+        )
 
     def _require_types(self) -> None:
         for name in ("page_size", "seed", "aging_steps"):
@@ -85,6 +110,9 @@ class EngineSettings:
             _require(value is None or _is_int(value), name, "a whole number or None", repr(value))
         for name in ("prefix_cache", "deterministic", "graphs"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", repr(getattr(self, name)))
+        _require(isinstance(self.kv_cache, str), "kv_cache", "text", repr(self.kv_cache))
+        mode = self.past_only
+        _require(mode is None or isinstance(mode, str), "past_only", "text or None", repr(mode))
         share, watermark = self.memory_share, self.watermark_ratio
         _require(share is None or _is_number(share), "memory_share", "a number or None", repr(share))
         _require(_is_number(watermark), "watermark_ratio", "a number", repr(watermark))

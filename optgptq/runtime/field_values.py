@@ -17,7 +17,7 @@ from optgptq.scheduling.sampling_params import SamplingParams
 SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams) if field.name != "logits_processors")
 SETTING_FIELDS = tuple(field.name for field in fields(EngineSettings))
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def field_values(assignments: Sequence[str], names: Sequence[str], *, option: str) -> dict[str, Any]:
@@ -63,6 +63,8 @@ def engine_settings(values: Mapping[str, Any]) -> EngineSettings:
         UsageError: a value of the wrong type, or out of range.
     """
     hints = get_type_hints(EngineSettings)
+    # YAML takes bits for a number.
+    values = {name: str(value) if hints[name] is str and _is(value, int) else value for name, value in values.items()}
     for name, value in values.items():
         kinds = _kinds(hints[name])
         if not any(_is(value, kind) for kind in kinds):

@@ -91,6 +91,7 @@ class DecodeGraphs:
         page_size: tokens of a page.
         max_length: positions of a text at most.
         device: where the tensors are.
+        has_codes: the cache is quantized.
     """
 
     run: RunStep
@@ -98,6 +99,7 @@ class DecodeGraphs:
     page_size: int
     max_length: int
     device: torch.device
+    has_codes: bool = False
     _graphs: dict[Bucket, _Recorded] = field(default_factory=dict)
 
     @property
@@ -155,6 +157,7 @@ class DecodeGraphs:
             length_T=None,
             groups=groups,
             last_rows=torch.arange(bucket.rows, device=self.device),
+            first_exact_T=zeros(bucket.rows, dtype=torch.int32) if self.has_codes else None,
         )
 
 
@@ -164,6 +167,9 @@ def _fill(static: StepBatch, batch: StepBatch) -> None:
     for target, source in ((static.token_T, batch.token_T), (static.position_T, batch.position_T)):
         target[:num_rows] = source
         target[num_rows:] = 0
+    if static.first_exact_T is not None and batch.first_exact_T is not None:
+        static.first_exact_T[:num_rows] = batch.first_exact_T
+        static.first_exact_T[num_rows:] = 0
     for target_group, group in zip(static.groups, batch.groups, strict=True):
         target_group.context_R[:num_rows] = group.context_R
         target_group.context_R[num_rows:] = 1

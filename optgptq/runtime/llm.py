@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -15,13 +15,15 @@ from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.hub import resolve_model
 from optgptq.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from optgptq.errors import OptGPTQError, UsageError
+from optgptq.kv_cache.setup import CacheSetup
 from optgptq.memory import available_memory_bytes
 from optgptq.models.decoder import Decoder
 from optgptq.models.inventory import model_linears
 from optgptq.models.registry import model_spec
+from optgptq.runtime.cache_plan import cache_of_folder
 from optgptq.runtime.device import require_device, run_dtype
 from optgptq.runtime.engine import Engine
-from optgptq.runtime.engine_settings import EngineSettings
+from optgptq.runtime.engine_settings import CACHE_OF_CHECKPOINT, EngineSettings
 from optgptq.runtime.load import HeldWeights, load_model
 from optgptq.runtime.prompt_tokens import Prompt, is_list, is_token_id
 from optgptq.runtime.results import GenerationResult, Piece, failure_result
@@ -35,10 +37,11 @@ _DENSE_SHARE = 0.4
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class LoadedModel:
-    """A model with its tokenizer, ready for an engine."""
+    """A model with its tokenizer and what its folder says of a quantized cache, ready for an engine."""
 
     decoder: Decoder
     tokenizer: Tokenizer | None
+    cache: CacheSetup | None
 
 
 def load_for_engine(
@@ -48,8 +51,12 @@ def load_for_engine(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     weights: HeldWeights | Literal["auto"] = "auto",
     revision: str | None = None,
+    settings: EngineSettings | None = None,
 ) -> LoadedModel:
-    """Read a model for an engine; the arguments are those of `LLM`."""
+    """Read a model for an engine; the arguments are those of `LLM`.
+
+    What the folder says of a quantized cache is read only where `settings` ask for it.
+    """
     folder, torch_device = resolve_model(str(model), revision), require_device(device)
     checkpoint = CheckpointFolder.open(folder)
     number = run_dtype(checkpoint, torch_device, wanted=dtype)
@@ -58,7 +65,18 @@ def load_for_engine(
     tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
     if tokenizer is None:
         logger.warning("%s has no tokenizer: prompts must be token ids, and results have no text", folder)
-    return LoadedModel(decoder=decoder, tokenizer=tokenizer)
+    wanted = (settings or EngineSettings()).kv_cache == CACHE_OF_CHECKPOINT
+    return LoadedModel(
+        decoder=decoder, tokenizer=tokenizer, cache=cache_of_folder(checkpoint, decoder.spec) if wanted else None
+    )
+
+
+def with_cache(settings: EngineSettings | None, kv_cache: str | None, past_only: str | None) -> EngineSettings:
+    """Return the settings with another cache, or another mode of it; None for what the settings say."""
+    chosen = settings or EngineSettings()
+    if kv_cache is not None:
+        chosen = replace(chosen, kv_cache=kv_cache)
+    return chosen if past_only is None else replace(chosen, past_only=past_only)
 
 
 def _faster_to_hold(checkpoint: CheckpointFolder, device: torch.device, dtype: torch.dtype) -> HeldWeights:
@@ -94,6 +112,8 @@ class LLM:
         weights: HeldWeights | Literal["auto"] = "auto",
         revision: str | None = None,
         settings: EngineSettings | None = None,
+        kv_cache: str | None = None,
+        past_only: str | None = None,
     ) -> None:
         """Load a model and take the memory for its keys and values.
 
@@ -106,14 +126,17 @@ class LLM:
                 the device, as far as memory allows.
             revision: of a hub id.
             settings: how requests share the model.
+            kv_cache: in place of that of the settings: `checkpoint`, `16`, `8`, `4`, `3` or `2`.
+            past_only: in place of that of the settings: `off`, `token`, `chunk` or `window:N`.
 
         Raises:
             ModelError, FormatError: the checkpoint is damaged, or its model or layout is not implemented.
             CapacityError: no memory for keys and values.
             UsageError: no such device.
         """
-        loaded = load_for_engine(model, device=device, dtype=dtype, weights=weights, revision=revision)
-        self.engine = Engine(loaded.decoder, loaded.tokenizer, settings)
+        chosen = with_cache(settings, kv_cache, past_only)
+        loaded = load_for_engine(model, device=device, dtype=dtype, weights=weights, revision=revision, settings=chosen)
+        self.engine = Engine(loaded.decoder, loaded.tokenizer, chosen, loaded.cache)
 
     def generate(
         self,

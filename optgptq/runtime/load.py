@@ -10,16 +10,13 @@ from typing import Any, Literal
 import torch
 
 from optgptq.checkpoint.folder import CheckpointFolder
-from optgptq.errors import FormatError
 from optgptq.formats import CheckpointFormat, detect
 from optgptq.kernels import KernelChoice, Matmul
-from optgptq.layout import LinearLayout
-from optgptq.models.checks import read_weight
 from optgptq.models.decoder import Decoder, load_decoder
-from optgptq.models.inventory import LinearInfo, model_linears
+from optgptq.models.inventory import model_linears
 from optgptq.models.linear import Linear, LinearLike
 from optgptq.models.registry import model_spec
-from optgptq.quantized_weight import QuantizedWeight
+from optgptq.runtime.decoded import decode_linear, read_bias, require_known
 from optgptq.runtime.linear import HELD_KINDS, QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -55,15 +52,15 @@ def load_model(
         return load_decoder(folder, dtype=dtype, device=device)
     layouts = {layout.name: layout for layout in form.read_layouts(folder) if layout.bits is not None}
     linears = {linear.name: linear for linear in model_linears(model_spec(folder))}
-    _require_known(folder, layouts, linears)
+    require_known(folder, layouts, linears)
     kernels = _Kernels(device=torch.device(device), dtype=dtype, replacement=kernel)
     unfit: list[tuple[str, str]] = []
 
     def supply(name: str) -> LinearLike | None:
         if name not in layouts:
             return None
-        weight = _decode(folder, form, layouts[name], linears[name])
-        bias_O = _read_bias(folder, linears[name], dtype=dtype, device=device)
+        weight = decode_linear(folder, form, layouts[name], linears[name])
+        bias_O = read_bias(folder, linears[name], dtype=dtype, device=device)
         if weights == "quantized":
             kind, choice = HELD_KINDS[type(weight)], kernels.of(type(weight))
             if kind.fits(weight, choice):
@@ -116,49 +113,3 @@ class _Kernels:
         self.said.add(choice.operation)
         level = logging.WARNING if choice.is_makeshift else logging.INFO
         logger.log(level, "%s kernel for quantized linears: %s", choice.name, choice.reason)
-
-
-def _require_known(folder: CheckpointFolder, layouts: dict[str, LinearLayout], linears: dict[str, LinearInfo]) -> None:
-    unknown = sorted(layouts.keys() - linears.keys())
-    if unknown:
-        raise FormatError(
-            f"{folder.path}: {unknown[0]}",
-            expected="quantized linears inside decoder layers only",
-            found=f"a quantized module that the model does not list among them ({len(unknown)} in all)",
-            action="Use a checkpoint whose embedding and head are dense.",
-        )
-
-
-def _decode(
-    folder: CheckpointFolder, form: CheckpointFormat, layout: LinearLayout, linear: LinearInfo
-) -> QuantizedWeight:
-    weight = form.decode(folder, layout)
-    where = f"{folder.path}: {layout.name}"
-    if (weight.out_features, weight.in_features) != (linear.out_features, linear.in_features):
-        raise FormatError(
-            where,
-            expected=f"shape {[linear.out_features, linear.in_features]}",
-            found=f"{[weight.out_features, weight.in_features]}",
-            action="Check that the weights belong to config.json.",
-        )
-    # Codes and orders are whole numbers; what is left are scales or coefficients.
-    numbers = [part for part in weight.digest_parts() if part.is_floating_point()]
-    bad = sum(int((~torch.isfinite(part)).sum()) for part in numbers)
-    if bad:
-        raise FormatError(
-            where,
-            expected="finite scales or coefficients",
-            found=f"{bad} that are NaN or infinite",
-            action="Quantize the model again; `optgptq verify` lists all problems of a checkpoint.",
-        )
-    return weight
-
-
-def _read_bias(
-    folder: CheckpointFolder, linear: LinearInfo, *, dtype: torch.dtype, device: torch.device | str
-) -> torch.Tensor | None:
-    name = f"{linear.name}.bias"
-    # Some writers add a bias of zeros to every quantized linear, so the file decides and not the model's config.
-    if name not in folder.tensors and not linear.has_bias:
-        return None
-    return read_weight(folder, name, (linear.out_features,), dtype=dtype, device=device)

@@ -9,12 +9,13 @@ Shapes: `R` rows of a block, one sequence (`B = 1`), `M` model width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from optgptq.kernels.packed_dense import PackedDense
-from optgptq.models.attention import AttentionContext, context_at
+from optgptq.kv_cache.transform import HeadTransform
+from optgptq.models.attention import Attend, AttentionContext, context_at
 from optgptq.models.decoder import Decoder
 from optgptq.models.layer import DecoderLayer
 from optgptq.models.linear import Linear, LinearLike
@@ -47,9 +48,12 @@ def block_parts(parts: Sequence[StepPart], size: int) -> Iterator[list[StepPart]
         yield block
 
 
-def find_block_size(decoder: Decoder) -> int:
-    """Return the largest block whose rows do not touch each other on this machine, tried with the model itself."""
-    found = next(size for size in BLOCK_SIZES if size == 1 or rows_are_independent(decoder, size))
+def find_block_size(decoder: Decoder, transforms: Sequence[HeadTransform] = ()) -> int:
+    """Return the largest block whose rows do not touch each other on this machine, tried with the model itself.
+
+    `transforms` are those of a quantized cache around the attention of each decoder layer.
+    """
+    found = next(size for size in BLOCK_SIZES if size == 1 or rows_are_independent(decoder, size, transforms))
     if found == 1:
         logger.warning(
             "deterministic steps compute one token at a time, which is slow: this machine's products do not treat the "
@@ -60,7 +64,9 @@ def find_block_size(decoder: Decoder) -> int:
 
 
 @torch.inference_mode()
-def rows_are_independent(decoder: Decoder, size: int, *, seed: int = 0) -> bool:
+def rows_are_independent(
+    decoder: Decoder, size: int, transforms: Sequence[HeadTransform] = (), *, seed: int = 0
+) -> bool:
     """True if a row's numbers are the same to the bit at every place of a block, whatever the other rows hold.
 
     Looks at the embedding, at the first of all decoder layers with the same make-up, with attention left out, and at
@@ -69,14 +75,29 @@ def rows_are_independent(decoder: Decoder, size: int, *, seed: int = 0) -> bool:
     generator = torch.Generator().manual_seed(seed)
     mine_R, other_R = torch.randint(decoder.spec.vocab_size, (2, size), generator=generator).to(decoder.device)
     positions = torch.arange(size, device=decoder.device) % (decoder.spec.position_limit or size)
-    layers = list({_make_up(layer): layer for layer in reversed(decoder.layers)}.values())
-    expected = _outputs(decoder, layers, mine_R, positions)
+    layers = _distinct_layers(decoder, transforms)
+    attend = _transformed(transforms)
+    expected = _outputs(decoder, layers, mine_R, positions, attend)
     for shift in range(1, size):
-        turned = _outputs(decoder, layers, mine_R.roll(shift), positions.roll(shift))
+        turned = _outputs(decoder, layers, mine_R.roll(shift), positions.roll(shift), attend)
         if not all(torch.equal(one.roll(shift, 0), two) for one, two in zip(expected, turned, strict=True)):
             return False
-    mixed = _outputs(decoder, layers, torch.cat((mine_R[:1], other_R[1:])), positions)
+    mixed = _outputs(decoder, layers, torch.cat((mine_R[:1], other_R[1:])), positions, attend)
     return all(torch.equal(one[0], two[0]) for one, two in zip(expected, mixed, strict=True))
+
+
+def _distinct_layers(decoder: Decoder, transforms: Sequence[HeadTransform]) -> list[DecoderLayer]:
+    """Return the first of all decoder layers whose products are computed alike."""
+    distinct: dict[tuple[object, ...], DecoderLayer] = {}
+    for index, layer in enumerate(decoder.layers):
+        around = tuple(
+            None if part is None else part.shape
+            for transform in transforms[index : index + 1]
+            for side in (transform.keys, transform.values)
+            for part in (side.shift_KD, side.scale_KD, side.rotation_KDD)
+        )
+        distinct.setdefault((_make_up(layer), around), layer)
+    return list(distinct.values())
 
 
 def _make_up(layer: DecoderLayer) -> tuple[object, ...]:
@@ -96,11 +117,15 @@ def _shape(linear: LinearLike) -> tuple[object, ...]:
 
 
 def _outputs(
-    decoder: Decoder, layers: Sequence[DecoderLayer], token_R: torch.Tensor, positions: torch.Tensor
+    decoder: Decoder,
+    layers: Sequence[DecoderLayer],
+    token_R: torch.Tensor,
+    positions: torch.Tensor,
+    attend: Attend,
 ) -> list[torch.Tensor]:
     """Return what each part of the model makes of the rows."""
     context: AttentionContext = context_at(
-        decoder.spec, positions, dtype=decoder.dtype, attend=_own_query, lengths=torch.full_like(positions, 1)
+        decoder.spec, positions, dtype=decoder.dtype, attend=attend, lengths=torch.full_like(positions, 1)
     )
     hidden_BRM = decoder.embedding.embed(token_R.unsqueeze(0), context)
     outputs = [hidden_BRM[0]]
@@ -108,6 +133,32 @@ def _outputs(
         hidden_BRM = layer.forward(hidden_BRM, context)
         outputs.append(hidden_BRM[0])
     return [*outputs, decoder.head.logits(hidden_BRM[0])]
+
+
+def _transformed(transforms: Sequence[HeadTransform]) -> Attend:
+    """Return `_own_query` inside the transforms of a quantized cache."""
+    if not transforms:
+        return _own_query
+
+    def attend(
+        layer_index: int,
+        query_BNSD: torch.Tensor,
+        key_BKSD: torch.Tensor,
+        value_BKSD: torch.Tensor,
+        spec: DecoderSpec,
+        /,
+    ) -> torch.Tensor:
+        transform = transforms[layer_index]
+        query = _by_token(transform.query, query_BNSD)
+        key, value = _by_token(transform.key, key_BKSD), _by_token(transform.value, value_BKSD)
+        return _by_token(transform.output, _own_query(layer_index, query, key, value, spec))
+
+    return attend
+
+
+def _by_token(change: Callable[[torch.Tensor], torch.Tensor], heads_BNSD: torch.Tensor) -> torch.Tensor:
+    """Apply to the one sequence a function of heads in the order of tokens."""
+    return change(heads_BNSD[0].transpose(0, 1)).transpose(0, 1).unsqueeze(0)
 
 
 def _own_query(

@@ -14,10 +14,12 @@ import torch
 
 from optgptq.kernels.attention_choice import AttentionChoice
 from optgptq.kernels.paged_attention import PagedBatch, ScoreRule
+from optgptq.kernels.quantized_attention import CacheStorage
 from optgptq.models.attention import AttentionContext
 from optgptq.models.decoder import Decoder
 from optgptq.models.rope import LENGTH_DEPENDENT, inverse_frequencies, rope_table, table_of
 from optgptq.models.spec import DecoderSpec, RopeSpec
+from optgptq.runtime.cache_attend import CacheAttend
 from optgptq.runtime.graphs import Capture, DecodeGraphs
 from optgptq.runtime.page_pool import PagePool
 from optgptq.runtime.row_blocks import block_parts, find_block_size
@@ -25,6 +27,8 @@ from optgptq.runtime.step_batch import StepBatch, StepTables, token_batches
 from optgptq.scheduling.step import Step, StepPart
 
 logger = logging.getLogger(__name__)
+
+_DIGEST_BYTES = 32
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -38,6 +42,7 @@ class PagedAttend:
         by_token: attend for each token alone, as kernels need whose rows depend on each other.
         groups: the step's batches, one for each group of pages; see `take`.
         tokens: with `by_token`, each of these as one batch for each token.
+        cache: the attention of quantized layers; None where there are none.
     """
 
     pool: PagePool
@@ -46,11 +51,14 @@ class PagedAttend:
     by_token: bool = False
     groups: tuple[PagedBatch, ...] = ()
     tokens: tuple[tuple[PagedBatch, ...], ...] = ()
+    cache: CacheAttend | None = None
 
-    def take(self, groups: tuple[PagedBatch, ...]) -> None:
+    def take(self, batch: StepBatch) -> None:
         """Attend to this step from now on."""
-        self.groups = groups
-        self.tokens = tuple(token_batches(group) for group in groups) if self.by_token else ()
+        self.groups = batch.groups
+        self.tokens = tuple(token_batches(group) for group in batch.groups) if self.by_token else ()
+        if self.cache is not None:
+            self.cache.take(batch)
 
     def __call__(
         self,
@@ -64,10 +72,15 @@ class PagedAttend:
         """Return attention `[1, N, T, D]` of the step's new tokens."""
         pages, rule = self.pool.layers[layer_index], self.rules[layer_index]
         number = self.pool.group_of_layer[layer_index]
+        query_TND = query_BNSD[0].transpose(0, 1)
+        key_TKD, value_TKD = key_BKSD[0].transpose(0, 1), value_BKSD[0].transpose(0, 1)
+        if isinstance(pages, CacheStorage):
+            assert self.cache is not None
+            output_TND = self.cache(layer_index, query_TND, key_TKD, value_TKD, pages, group=number, rule=rule)
+            return output_TND.transpose(0, 1).unsqueeze(0)
         batch = self.groups[number]
         storages = (pages.keys_ZKDY, pages.values_ZKYD)
-        query_TND = query_BNSD[0].transpose(0, 1)
-        self.attention.store(key_BKSD[0].transpose(0, 1), value_BKSD[0].transpose(0, 1), *storages, batch.slot_T)
+        self.attention.store(key_TKD, value_TKD, *storages, batch.slot_T)
         if self.by_token:
             alone = enumerate(self.tokens[number])
             output_TND = torch.cat(
@@ -125,6 +138,7 @@ class Runner:
         pool: PagePool,
         attention: AttentionChoice,
         *,
+        cache: CacheAttend | None = None,
         deterministic: bool = False,
         capture: Capture | None = None,
     ) -> Runner:
@@ -134,6 +148,7 @@ class Runner:
             decoder: the model.
             pool: the pages.
             attention: the kernels.
+            cache: the attention of quantized layers; None where there are none.
             deterministic: look for a block size that the machine's products allow.
             capture: records decode steps; None to run each as it comes.
         """
@@ -145,14 +160,21 @@ class Runner:
                 rules=score_rules(spec, device),
                 attention=attention,
                 by_token=deterministic and not attention.rows_are_independent,
+                cache=cache,
             ),
-            tables=StepTables(spec=spec, num_groups=len(plan.groups), page_size=plan.page_size, device=device),
+            tables=StepTables(
+                spec=spec,
+                num_groups=len(plan.groups),
+                page_size=plan.page_size,
+                device=device,
+                past=None if cache is None else cache.plan.past,
+            ),
             frequencies={
                 rope: inverse_frequencies(rope, num_positions=1).to(device)
                 for rope in spec.ropes
                 if rope.kind not in LENGTH_DEPENDENT
             },
-            block_size=find_block_size(decoder) if deterministic else None,
+            block_size=find_block_size(decoder, () if cache is None else cache.transforms) if deterministic else None,
         )
         has_fixed_frequencies = len(runner.frequencies) == len(spec.ropes)
         if capture is not None and not deterministic and not has_fixed_frequencies:
@@ -164,16 +186,21 @@ class Runner:
                 page_size=plan.page_size,
                 max_length=plan.max_length,
                 device=device,
+                has_codes=cache is not None,
             )
         return runner
 
     def prompt_salt(self, num_prompt_tokens: int) -> bytes:
-        """Return what cached pages of a prompt depend on besides its tokens, always 8 bytes.
+        """Return what cached pages of a prompt depend on besides its tokens, always 40 bytes.
 
-        With `dynamic` rotary frequencies that is its length, once it exceeds what the model was made for; else nothing.
+        That is the quantized cache, and with `dynamic` rotary frequencies its length, once it exceeds what the model
+        was made for.
         """
+        cache = self.attend.cache
+        digest = bytes(_DIGEST_BYTES) if cache is None else cache.plan.digest
         limits = [rope.max_position for rope in self.decoder.spec.ropes if rope.kind == "dynamic"]
-        return (num_prompt_tokens if limits and num_prompt_tokens > min(limits) else 0).to_bytes(8, "little")
+        length = num_prompt_tokens if limits and num_prompt_tokens > min(limits) else 0
+        return digest + length.to_bytes(8, "little")
 
     @torch.inference_mode()
     def run(self, step: Step) -> torch.Tensor:
@@ -188,10 +215,11 @@ class Runner:
 
     def logits_of(self, batch: StepBatch) -> torch.Tensor:
         """Return the logits of a batch's last rows; nothing is read back from the device."""
-        return self.decoder.head.logits(self._hidden(batch)[0, batch.last_rows])
+        return self.decoder.head.logits(self.hidden_of(batch)[0, batch.last_rows])
 
-    def _hidden(self, batch: StepBatch) -> torch.Tensor:
-        self.attend.take(batch.groups)
+    def hidden_of(self, batch: StepBatch) -> torch.Tensor:
+        """Return hidden states `[1, T, M]` of a batch, before the head; keys and values are stored."""
+        self.attend.take(batch)
         positions, dtype = batch.position_T, self.decoder.dtype
         tables = {
             rope: table_of(rope, positions, self.frequencies[rope], dtype=dtype)
@@ -207,7 +235,7 @@ class Runner:
         logits = []
         for block in block_parts(parts, size):
             batch = self.tables.batch(block, fill_to=size)
-            hidden_BSM = self._hidden(batch)
+            hidden_BSM = self.hidden_of(batch)
             if len(batch.last_rows):
                 logits.append(self.decoder.head.logits(hidden_BSM[0])[batch.last_rows])
         return torch.cat(logits) if logits else torch.empty(0, self.decoder.spec.vocab_size)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from optgptq.errors import ModelError, UsageError
-from optgptq.kernels.attention_choice import choose_attention
+from optgptq.kernels.attention_choice import AttentionChoice, choose_attention
+from optgptq.kernels.cache_choice import CacheChoice, choose_cache_attention
+from optgptq.kv_cache.setup import CacheSetup
 from optgptq.memory import available_memory_bytes
 from optgptq.models.decoder import Decoder
 from optgptq.models.spec import DecoderSpec
+from optgptq.runtime.cache_attend import CacheAttend
+from optgptq.runtime.cache_plan import CachePlan, exact_pages, layer_page_bytes, plan_cache
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.fused_linears import fuse_linears
 from optgptq.runtime.graphs import DeviceRecorder
@@ -27,45 +32,99 @@ logger = logging.getLogger(__name__)
 _UNKNOWN_MEMORY_BYTES = 4 << 30
 
 
-def start_runner(decoder: Decoder, settings: EngineSettings) -> tuple[Runner, SchedulerSettings]:
+def start_runner(
+    decoder: Decoder, settings: EngineSettings, setup: CacheSetup | None = None
+) -> tuple[Runner, SchedulerSettings]:
     """Return a runner and what its scheduler has to know. The decoder's linears are fused and packed in place.
 
+    Args:
+        decoder: the model.
+        settings: how requests share it.
+        setup: of a quantized cache, from the model's folder.
+
     Raises:
-        ModelError: a model that promises fewer than two positions.
-        UsageError: a `max_length` beyond the model's table of positions.
+        ModelError: a model that promises fewer than two positions, or that the quantized cache does not go with.
+        UsageError: a `max_length` beyond the model's table of positions, settings that the cache does not go with.
         CapacityError: not even one text fits into the memory.
     """
     spec, device = decoder.spec, decoder.device
     _require_positions(spec, settings.max_length)
     running = settings.running(device.type)
     step_tokens = settings.step_tokens(device.type)
+    cache = plan_cache(setup, spec, settings, number_bytes=decoder.dtype.itemsize)
+    page = {"page_size": settings.page_size, "number_bytes": decoder.dtype.itemsize}
     plan = plan_memory(
         spec,
         page_size=settings.page_size,
-        number_bytes=decoder.dtype.itemsize,
-        budget_bytes=_budget_bytes(decoder, settings, step_tokens),
+        layer_page_bytes=layer_page_bytes(spec, cache, **page),
+        budget_bytes=cache_budget(decoder, settings, step_tokens),
         max_length=settings.max_length,
         max_running=running,
         max_step_tokens=step_tokens,
+        exact=exact_pages(spec, cache, **page),
     )
+    if cache is not None:
+        _log_cache(cache, spec, page)
     _log_plan(plan, spec, wanted=settings.max_length)
     attention = choose_attention(device, decoder.dtype, spec.head_dim)
-    level = logging.WARNING if attention.is_makeshift else logging.INFO
-    logger.log(level, "%s kernel for attention: %s", attention.name, attention.reason)
-    pool = PagePool.allocate(plan, spec, dtype=decoder.dtype, device=device)
-    records = device.type == "cuda" and settings.graphs and attention.can_be_recorded
-    if device.type == "cuda" and settings.graphs and not attention.can_be_recorded:
-        logger.warning("decode steps are not recorded: %s attention reads numbers back from the device", attention.name)
+    codes = None if cache is None else _choose_codes(cache, decoder)
+    kernels = _kernels_in_use(attention, codes, cache)
+    _log_kernels(kernels)
+    pool = PagePool.allocate(plan, spec, dtype=decoder.dtype, device=device, cache=cache)
+    attend = None
+    if cache is not None and codes is not None:
+        by_token = settings.deterministic and not codes.rows_are_independent
+        attend = CacheAttend.start(codes, cache, device, exact_group=pool.exact_group, by_token=by_token)
     fused = fuse_linears(decoder)
     pack_linears(fused)
     runner = Runner.start(
         fused,
         pool,
         attention,
+        cache=attend,
         deterministic=settings.deterministic,
-        capture=DeviceRecorder() if records else None,
+        capture=DeviceRecorder() if _records(settings, device, kernels) else None,
     )
     return runner, scheduler_settings(plan, spec, settings, step_tokens=step_tokens, max_running=running)
+
+
+def _log_cache(cache: CachePlan, spec: DecoderSpec, page: Mapping[str, int]) -> None:
+    size = page["page_size"]
+    logger.info(
+        "quantized KV cache: %s; %.1f bytes per token, %.1f as computed",
+        cache.sentence(),
+        sum(layer_page_bytes(spec, cache, **page)) / size,
+        sum(layer_page_bytes(spec, None, **page)) / size,
+    )
+
+
+def _choose_codes(cache: CachePlan, decoder: Decoder) -> CacheChoice:
+    schemes = [layout.scheme for layout in cache.layouts if layout is not None]
+    return choose_cache_attention(decoder.device, decoder.dtype, decoder.spec.head_dim, schemes)
+
+
+def _kernels_in_use(
+    attention: AttentionChoice, codes: CacheChoice | None, cache: CachePlan | None
+) -> list[AttentionChoice | CacheChoice]:
+    plain = [attention] if cache is None or None in cache.layouts else []
+    return [*plain, *([] if codes is None else [codes])]
+
+
+def _log_kernels(kernels: Sequence[AttentionChoice | CacheChoice]) -> None:
+    for kernel in kernels:
+        what = "attention" if isinstance(kernel, AttentionChoice) else "attention over codes"
+        level = logging.WARNING if kernel.is_makeshift else logging.INFO
+        logger.log(level, "%s kernel for %s: %s", kernel.name, what, kernel.reason)
+
+
+def _records(settings: EngineSettings, device: torch.device, kernels: Sequence[AttentionChoice | CacheChoice]) -> bool:
+    """Return whether decode steps are to be recorded; where a kernel stands in the way, that is logged."""
+    if device.type != "cuda" or not settings.graphs:
+        return False
+    reading = [kernel.name for kernel in kernels if not kernel.can_be_recorded]
+    if reading:
+        logger.warning("decode steps are not recorded: %s attention reads numbers back from the device", reading[0])
+    return not reading
 
 
 def _require_positions(spec: DecoderSpec, max_length: int | None) -> None:
@@ -94,7 +153,7 @@ def scheduler_settings(
     return SchedulerSettings(
         page_size=plan.page_size,
         groups=tuple(
-            PageGroup(num_pages=pages, window=group.window)
+            PageGroup(num_pages=pages, window=group.window, num_sinks=group.num_sinks)
             for group, pages in zip(plan.groups, plan.num_pages, strict=True)
         ),
         max_length=plan.max_length,
@@ -108,7 +167,8 @@ def scheduler_settings(
     )
 
 
-def _budget_bytes(decoder: Decoder, settings: EngineSettings, step_tokens: int) -> int:
+def cache_budget(decoder: Decoder, settings: EngineSettings, step_tokens: int) -> int:
+    """Return the bytes that keys and values may take."""
     if settings.kv_cache_bytes is not None:
         return settings.kv_cache_bytes
     share = settings.memory_share_of(decoder.device.type)

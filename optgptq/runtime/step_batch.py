@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from optgptq.kernels.paged_attention import PagedBatch
+from optgptq.kv_cache.scheme import PastRule
 from optgptq.models.spec import DecoderSpec
+from optgptq.runtime.cache_positions import Numbers, first_exact_keys
 from optgptq.scheduling.step import StepPart
-
-_Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -28,6 +28,7 @@ class StepBatch:
         length_T: int64, the length of text that decides each token's rotary frequencies; None where none does.
         groups: the attention's view, one for each group of pages.
         last_rows: int64, the rows whose logits are wanted.
+        first_exact_T: int32, the first key that each token reads exactly from a quantized cache; None with a plain one.
     """
 
     token_T: torch.Tensor
@@ -35,6 +36,7 @@ class StepBatch:
     length_T: torch.Tensor | None
     groups: tuple[PagedBatch, ...]
     last_rows: torch.Tensor
+    first_exact_T: torch.Tensor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,12 +63,14 @@ class StepTables:
         num_groups: groups of pages.
         page_size: tokens of a page.
         device: where the tensors are put.
+        past: which keys a token reads exactly; None with a plain cache.
     """
 
     spec: DecoderSpec
     num_groups: int
     page_size: int
     device: torch.device
+    past: PastRule | None = None
     _rows: dict[int, _TableRow] = field(default_factory=dict)
 
     def batch(self, parts: ListLike[StepPart], *, fill_to: int = 0) -> StepBatch:
@@ -96,10 +100,20 @@ class StepTables:
                 self._group([row[group] for row in rows], counts, flat, contexts) for group in range(self.num_groups)
             ),
             last_rows=self._put(last),
+            first_exact_T=self._first_exact(parts, counts, flat),
         )
 
+    def _first_exact(self, parts: ListLike[StepPart], counts: ListLike[int], positions: Numbers) -> torch.Tensor | None:
+        if self.past is None:
+            return None
+        begins = np.repeat(np.array([part.begin for part in parts], dtype=np.int64), counts[: len(parts)])
+        first_T = np.zeros(len(positions), dtype=np.int32)
+        # Tokens that fill up read nothing but each other's own keys: codes of the reserved page may be anything.
+        first_T[: len(begins)] = first_exact_keys(self.past, positions[: len(begins)], begins)
+        return self._put(first_T)
+
     def _group(
-        self, rows: ListLike[_TableRow], counts: ListLike[int], positions: _Numbers, contexts: ListLike[int]
+        self, rows: ListLike[_TableRow], counts: ListLike[int], positions: Numbers, contexts: ListLike[int]
     ) -> PagedBatch:
         # A row more than there are texts belongs to the tokens that fill up: all its entries are the reserved page.
         widest = max(*(row.count for row in rows), -(-contexts[-1] // self.page_size))
@@ -168,7 +182,7 @@ def token_batches(batch: PagedBatch) -> tuple[PagedBatch, ...]:
     return tuple(tokens)
 
 
-def rope_lengths(spec: DecoderSpec, parts: ListLike[StepPart]) -> _Numbers | None:
+def rope_lengths(spec: DecoderSpec, parts: ListLike[StepPart]) -> Numbers | None:
     """Return for each token the length of text that its rotary frequencies depend on; None where they depend on none.
 
     `longrope` takes those of the whole text, which is read again when it outgrows the short frequencies. `dynamic`

@@ -1,7 +1,11 @@
-"""The page tables of sequences: pages of every group are taken, shared, found again and given back together."""
+"""The page tables of sequences: pages of every group are taken, shared, found again and given back together.
+
+An entry of a table is 0 where a sequence has no page: it was given back, or none is ever taken there.
+"""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from optgptq.scheduling.pages import PageAllocator
@@ -28,7 +32,13 @@ class PageTables:
         self._page_size = settings.page_size
         self._groups = settings.groups
         self._watermarks = [settings.watermark(group) for group in settings.groups]
-        self._windowed = [index for index, group in enumerate(settings.groups) if group.window is not None]
+        self._num_sink_pages = [group.num_sink_pages(settings.page_size) for group in settings.groups]
+        # Pages at the beginning of a sequence that it takes; those after them are 0 in its table for ever.
+        self._num_taken = [
+            sys.maxsize if (taken := group.most_taken_pages(settings.page_size)) is None else taken
+            for group in settings.groups
+        ]
+        self._windowed = [index for index, group in enumerate(settings.groups) if group.window]
         self.allocators = tuple(PageAllocator(group.num_pages) for group in settings.groups)
 
     @property
@@ -41,7 +51,7 @@ class PageTables:
         if sequence.num_computed % self._page_size == 0:
             return False
         for allocator, table in zip(self.allocators, sequence.page_tables, strict=True):
-            if allocator.num_references(table[-1]) > 1:
+            if self._writes_to_shared(allocator, table, sequence.num_computed):
                 return False
         return True
 
@@ -49,17 +59,24 @@ class PageTables:
         """Return how many more positions of a running sequence its own and the free pages hold."""
         begin = sequence.num_computed
         rooms = []
-        for allocator, table in zip(self.allocators, sequence.page_tables, strict=True):
+        for group, (allocator, table) in enumerate(zip(self.allocators, sequence.page_tables, strict=True)):
             num_free = allocator.num_free - self._writes_to_shared(allocator, table, begin)
-            rooms.append((len(table) + num_free) * self._page_size - begin if num_free >= 0 else 0)
-        return min(rooms)
+            rooms.append(self._end_of_room(group, len(table), num_free) - begin)
+        return max(0, min(rooms))
+
+    def _end_of_room(self, group: int, num_pages: int, num_free: int) -> int:
+        """Return up to where a table of `num_pages` entries can grow; 0 with a negative number of free pages."""
+        if num_free < 0:
+            return 0
+        num_pages += num_free
+        return sys.maxsize if num_pages >= self._num_taken[group] else num_pages * self._page_size
 
     def room_after(self, prefix: Prefix, *, keep_watermark: bool) -> int:
         """Return how many positions the free pages hold after a prefix that was found."""
         rooms = []
-        for allocator, watermark, num_idle in zip(self.allocators, self._watermarks, prefix.num_idle, strict=True):
-            num_free = allocator.num_free - num_idle - (watermark if keep_watermark else 0)
-            rooms.append(num_free * self._page_size)
+        for group, (allocator, num_idle) in enumerate(zip(self.allocators, prefix.num_idle, strict=True)):
+            num_free = allocator.num_free - num_idle - (self._watermarks[group] if keep_watermark else 0)
+            rooms.append(self._end_of_room(group, len(prefix.page_tables[group]), num_free) - prefix.num_tokens)
         return max(0, min(rooms))
 
     def extend(self, sequence: Sequence, end: int) -> list[PageCopy]:
@@ -78,21 +95,21 @@ class PageTables:
                 table[-1] = own
                 copies.append(PageCopy(group, shared, own))
             while len(table) < num_pages:
-                table.append(allocator.allocate())
+                table.append(allocator.allocate() if len(table) < self._num_taken[group] else 0)
         return copies
 
     def _writes_to_shared(self, allocator: PageAllocator, table: list[int], begin: int) -> bool:
         """Return whether position `begin` lies in a page that others hold too."""
-        return begin % self._page_size != 0 and allocator.num_references(table[-1]) > 1
+        return begin % self._page_size != 0 and table[-1] != 0 and allocator.num_references(table[-1]) > 1
 
     def advance(self, sequence: Sequence, end: int) -> None:
         """Note that the positions up to `end` - 1 are written: full pages can be found, unseen ones are given back."""
         size = self._page_size
         last = (end - 1) // size
         for allocator, table in zip(self.allocators, sequence.page_tables, strict=True):
-            for number in range(sequence.num_computed // size, last):
-                allocator.fill(table[number], size)
-            allocator.fill(table[last], end - last * size)
+            for number in range(sequence.num_computed // size, last + 1):
+                if table[number]:
+                    allocator.fill(table[number], min(size, end - number * size))
         sequence.num_computed = end
         if self._settings.prefix_cache and end // size > sequence.num_committed:
             self._commit(sequence)
@@ -103,7 +120,8 @@ class PageTables:
         for number in range(sequence.num_committed, sequence.num_computed // self._page_size):
             digest = self._digest(sequence, number)
             for allocator, table in zip(self.allocators, sequence.page_tables, strict=True):
-                allocator.commit(table[number], digest)
+                if table[number]:
+                    allocator.commit(table[number], digest)
             sequence.num_committed = number + 1
 
     def _digest(self, sequence: Sequence, number: int) -> bytes:
@@ -117,10 +135,10 @@ class PageTables:
         return digests[number]
 
     def _give_back(self, sequence: Sequence, group: int) -> None:
-        """Release the pages that the next position does not see."""
+        """Release the pages that the next position does not see; those of sinks stay."""
         table = sequence.page_tables[group]
         first = self._groups[group].first_visible_page(sequence.num_computed, self._page_size)
-        for number in range(sequence.num_given_back[group], first):
+        for number in range(max(self._num_sink_pages[group], sequence.num_given_back[group]), first):
             self.allocators[group].release(table[number])
             table[number] = 0
         sequence.num_given_back[group] = max(first, sequence.num_given_back[group])
@@ -141,7 +159,9 @@ class PageTables:
     def release(self, sequence: Sequence) -> None:
         """Take all pages from a sequence; of those that are free then, its last ones are forgotten first."""
         for group, (allocator, table) in enumerate(zip(self.allocators, sequence.page_tables, strict=True)):
-            for page in reversed(table[sequence.num_given_back[group] :]):
+            sinks = self._num_sink_pages[group]
+            rest = table[max(sinks, sequence.num_given_back[group]) : self._num_taken[group]]
+            for page in reversed(table[:sinks] + rest):
                 allocator.release(page)
             sequence.page_tables[group] = []
             sequence.num_given_back[group] = 0
@@ -151,7 +171,7 @@ class PageTables:
         """Return the longest beginning of a sequence that is in pages of all groups.
 
         Whole pages only, and at least one token is left to compute. A windowed group needs no more than the pages that
-        the next position sees. Nothing is held yet.
+        the next position sees, those of its sinks among them. Nothing is held yet.
         """
         level = self._settings.restart_level(len(sequence.token_ids))
         if level != sequence.restart_level:
@@ -160,9 +180,11 @@ class PageTables:
         found: list[list[int | None]] = [[] for _ in self._groups]
         num_pages = self._longest_prefix(sequence, found) if self._settings.prefix_cache else 0
         tables: list[list[int]] = []
-        for group, pages in zip(self._groups, found, strict=True):
+        for group, sinks, pages in zip(self._groups, self._num_sink_pages, found, strict=True):
             first = group.first_visible_page(num_pages * self._page_size, self._page_size)
-            tables.append([page if page and number >= first else 0 for number, page in enumerate(pages[:num_pages])])
+            tables.append(
+                [page if page and not sinks <= number < first else 0 for number, page in enumerate(pages[:num_pages])]
+            )
         num_idle = [
             sum(page != 0 and allocator.num_references(page) == 0 for page in table)
             for allocator, table in zip(self.allocators, tables, strict=True)
@@ -179,8 +201,10 @@ class PageTables:
             for index, (group, allocator) in enumerate(zip(self._groups, self.allocators, strict=True)):
                 page = allocator.find(digest)
                 found[index].append(page)
+                if number >= self._num_taken[index]:
+                    continue
                 if page is None:
-                    if group.window is None:
+                    if group.window is None or number < self._num_sink_pages[index]:
                         return longest
                     run_begins[index] = number + 1
                 first = group.first_visible_page((number + 1) * self._page_size, self._page_size)

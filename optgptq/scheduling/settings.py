@@ -13,24 +13,38 @@ class PageGroup:
     """Pages of the layers that see the same positions.
 
     `num_pages` counts page 0, which is never handed out: padded rows of a graph write there. With a `window` a query at
-    position q sees the keys q - window + 1 .. q; None: all keys up to its own.
+    position q sees the keys q - window + 1 .. q; None: all keys up to its own. The first `num_sinks` positions are seen
+    by all queries, whatever the window. With a window of 0 these are the only ones that are kept: no sequence takes a
+    page for others, and what is stored for them goes to page 0.
     """
 
     num_pages: int
     window: int | None
+    num_sinks: int = 0
 
     @property
     def num_usable(self) -> int:
         """Pages that sequences can have."""
         return self.num_pages - 1
 
+    def num_sink_pages(self, page_size: int) -> int:
+        """Return how many pages at the beginning of a sequence are never given back."""
+        return -(-self.num_sinks // page_size)
+
+    def most_taken_pages(self, page_size: int) -> int | None:
+        """Return for how many pages at its beginning a sequence takes a page; None for all of them."""
+        return self.num_sink_pages(page_size) if self.window == 0 else None
+
     def first_visible_page(self, position: int, page_size: int) -> int:
-        """Return the number of the first page with a key that a query at `position` sees."""
+        """Return the number of the first page, beyond those of sinks, with a key that a query at `position` sees."""
         return 0 if self.window is None else max(0, position - self.window + 1) // page_size
 
     def most_visible_pages(self, page_size: int) -> int | None:
         """Return how many pages the keys of one query touch at most; None where that grows with its position."""
-        return None if self.window is None else (self.window + page_size - 2) // page_size + 1
+        if self.window is None:
+            return None
+        sinks = self.num_sink_pages(page_size)
+        return sinks + (self.window + page_size - 2) // page_size + 1 if self.window else sinks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +101,7 @@ class SchedulerSettings:
         )
         for group in self.groups:
             _require("num_pages", group.num_pages >= 2, expected="2 or more", found=str(group.num_pages))
-            _require("window", group.window is None or group.window >= 1, expected="1 or more", found=str(group.window))
+            _require_window(group)
         lengths = (0, *self.restart_lengths)
         _require(
             "restart_lengths",
@@ -117,19 +131,27 @@ class SchedulerSettings:
     def largest_first_chunk(self) -> int:
         """Tokens of a first chunk that the windowed groups hold with the watermark kept and nothing else running.
 
-        An admission that waited for more pages than that would wait for ever. Groups without a window do not count:
-        alone and without a watermark they hold the whole prompt.
+        An admission that waited for more pages than that would wait for ever. Groups without a window, or with one of
+        0, do not count: alone and without a watermark they hold the whole prompt.
         """
         rooms = [self.max_length]
         for group in self.groups:
             span = group.most_visible_pages(self.page_size)
-            if span is not None:
+            if span is not None and group.window:
                 rooms.append((group.num_usable - self.watermark(group) - span) * self.page_size)
         return max(1, min(rooms))
 
     def restart_level(self, length: int) -> int:
         """Return how many of the restart lengths a sequence of `length` tokens exceeds."""
         return sum(length > limit for limit in self.restart_lengths)
+
+
+def _require_window(group: PageGroup) -> None:
+    window, sinks = group.window, group.num_sinks
+    _require("num_sinks", sinks >= 0, expected="0 or more", found=str(sinks))
+    _require("num_sinks", sinks == 0 or window is not None, expected="0 where there is no window", found=str(sinks))
+    least = 0 if sinks else 1
+    _require("window", window is None or window >= least, expected=f"{least} or more", found=str(window))
 
 
 def _require(name: str, holds: bool, *, expected: str, found: str) -> None:

@@ -8,14 +8,15 @@ Shapes: `O` output rows, `I` input columns, `M` model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from optgptq.models.inventory import LinearInfo, layer_linears
 from optgptq.models.spec import DecoderSpec
 from optgptq.transforms.fold import FoldedNorm, branch_norm
+from optgptq.transforms.kv_scales import KVScales, column_scale, row_scale
 from optgptq.transforms.rotation import Rotation, ValueRotations
 from optgptq.transforms.settings import TransformSettings
 
@@ -32,6 +33,7 @@ class LinearChange:
         value_rotations: of the value heads; which side follows from `rotates_value_rows`.
         rotates_value_rows: it makes the values; False: it reads the heads.
         layer_index: for the value rotations.
+        row_scale_O, column_scale_I: scales of keys and values, multiplied last of all on their side; float64.
         stored_transposed: stored `[I, O]`.
     """
 
@@ -42,17 +44,21 @@ class LinearChange:
     value_rotations: ValueRotations | None = None
     rotates_value_rows: bool = False
     layer_index: int = 0
+    row_scale_O: torch.Tensor | None = None
+    column_scale_I: torch.Tensor | None = None
     stored_transposed: bool = False
 
     @property
     def changes_columns(self) -> bool:
         value_columns = self.value_rotations is not None and not self.rotates_value_rows
-        return self.norm is not None or self.input_rotation is not None or value_columns
+        scales = self.norm is not None or self.column_scale_I is not None
+        return scales or self.input_rotation is not None or value_columns
 
     @property
     def changes_rows(self) -> bool:
         value_rows = self.value_rotations is not None and self.rotates_value_rows
-        return self.output_rotation is not None or self.centres_output or value_rows
+        scales = self.centres_output or self.row_scale_O is not None
+        return scales or self.output_rotation is not None or value_rows
 
     @property
     def stored_rows_are_independent(self) -> bool:
@@ -67,6 +73,8 @@ class LinearChange:
             weight_OI = self.input_rotation.apply(weight_OI)
         if self.value_rotations is not None and not self.rotates_value_rows:
             weight_OI = self.value_rotations.rotate_columns(weight_OI, self.layer_index)
+        if self.column_scale_I is not None:
+            weight_OI = weight_OI * self.column_scale_I
         return self._change_rows(weight_OI)
 
     def change_bias(self, bias_O: torch.Tensor, weight_OI: torch.Tensor | None) -> torch.Tensor:
@@ -83,6 +91,8 @@ class LinearChange:
             weight_OI = weight_OI - weight_OI.mean(dim=0)
         if self.output_rotation is not None:
             weight_OI = self.output_rotation.apply(weight_OI.T).T
+        if self.row_scale_O is not None:
+            weight_OI = weight_OI * self.row_scale_O[:, None]
         return weight_OI
 
 
@@ -94,12 +104,14 @@ class ModelChange:
         spec, settings: the model and what was asked.
         norms: what folding takes out of the norms; empty where nothing is folded.
         residual: rotation of the residual stream or None.
+        kv_scales: scales of keys and values of each decoder layer, behind the value rotation; empty for none.
     """
 
     spec: DecoderSpec
     settings: TransformSettings
     norms: Mapping[str, FoldedNorm]
     residual: Rotation | None
+    kv_scales: Sequence[KVScales] = ()
 
     def linear_changes(self) -> dict[str, LinearChange]:
         """Return the change of every matrix that changes, by full module name, embeddings and head included."""
@@ -112,9 +124,11 @@ class ModelChange:
 
     def _layer_linear(self, linear: LinearInfo) -> LinearChange:
         transposed = linear.stored_transposed
+        scales = self.kv_scales[linear.layer_index] if self.kv_scales else KVScales()
         if linear.stage in ("o", "down"):
             values = self._value_rotations() if linear.stage == "o" else None
-            return self._producer(values=values, layer_index=linear.layer_index, transposed=transposed)
+            change = self._producer(values=values, layer_index=linear.layer_index, transposed=transposed)
+            return replace(change, column_scale_I=column_scale(self.spec, scales)) if linear.stage == "o" else change
         names = self.spec.linear_names(linear.layer_index, linear.stage)
         # Last of three or fused with the others: the values are always in the last linear of the stage.
         makes_values = linear.stage == "qkv" and linear.name == names[-1]
@@ -124,6 +138,7 @@ class ModelChange:
             value_rotations=self._value_rotations() if makes_values else None,
             rotates_value_rows=makes_values,
             layer_index=linear.layer_index,
+            row_scale_O=row_scale(self.spec, linear, scales) if linear.stage == "qkv" else None,
             stored_transposed=transposed,
         )
 

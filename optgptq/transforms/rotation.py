@@ -17,6 +17,7 @@ from optgptq.transforms.hadamard import (
     random_orthogonal,
     random_signs,
 )
+from optgptq.transforms.head_rows import head_rows
 from optgptq.transforms.settings import RotationKind, TransformSettings
 
 # First number of the path that a seed is split along.
@@ -104,12 +105,7 @@ class ValueRotations:
 
 def value_rows(spec: DecoderSpec) -> torch.Tensor:
     """Return `[K, D]`: which rows of the linear that makes the values belong to which key/value head."""
-    group, num_kv, head_dim = spec.num_heads // spec.num_kv_heads, spec.num_kv_heads, spec.head_dim
-    if spec.qkv_layout == "split":
-        return torch.arange(num_kv * head_dim).view(num_kv, head_dim)
-    rows = torch.arange((spec.num_heads + 2 * num_kv) * head_dim)
-    if spec.qkv_layout == "concatenated":
-        return rows.view(-1, head_dim)[-num_kv:]
-    if spec.qkv_layout == "per_head_interleaved":
-        return rows.view(num_kv, 3, head_dim)[:, 2]
-    return rows.view(num_kv, group + 2, head_dim)[:, group + 1]
+    # Last of three or fused with the others.
+    rows_KD = head_rows(spec, 2 if spec.qkv_layout == "split" else 0).value_KD
+    assert rows_KD is not None
+    return rows_KD

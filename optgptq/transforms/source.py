@@ -5,7 +5,7 @@ What reads a checkpoint does not know of the transforms. In memory are the resid
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from optgptq.models.spec import DecoderSpec
 from optgptq.transforms.changes import LinearChange, ModelChange
 from optgptq.transforms.checks import check_transform
 from optgptq.transforms.fold import FoldedNorm, fold_norms, identity_weight
+from optgptq.transforms.kv_scales import KVScales, check_kv_scales, norm_gains
 from optgptq.transforms.rotation import Rotation, residual_rotation
 from optgptq.transforms.settings import TransformSettings
 
@@ -31,22 +32,28 @@ _TIED_KEY = "tie_word_embeddings"
 
 
 def transformed_source(
-    source: TensorSource, spec: DecoderSpec, settings: TransformSettings
+    source: TensorSource, spec: DecoderSpec, settings: TransformSettings, *, kv_scales: Sequence[KVScales] = ()
 ) -> tuple[TensorSource, DecoderSpec]:
     """Return `source` with transformed tensors, and the spec of the model in it; both as given where nothing changes.
 
     Embedding and head become two tensors where they were tied and no longer are equal; config and spec then say so.
+    `kv_scales`, one record per decoder layer, are scales of the keys and values that the model has after `settings`.
+    All changes of a tensor are computed together and rounded once.
     Reads the norms.
 
     Raises:
-        ModelError: the model would compute something else (`check_transform`), or a norm cannot be folded.
+        ModelError: the model would compute something else (`check_transform`, `check_kv_scales`), or a norm cannot be
+            folded.
     """
-    if settings.changes_nothing:
+    if settings.changes_nothing and not kv_scales:
         return source, spec
-    check_transform(spec, settings, family=family_of(source.config).name)
+    family = family_of(source.config).name
+    check_transform(spec, settings, family=family)
+    if kv_scales:
+        check_kv_scales(spec, kv_scales, family=family)
     norms = fold_norms(source, spec, final=settings.rotates_residual) if settings.folds else {}
     residual = residual_rotation(spec, settings)
-    change = ModelChange(spec=spec, settings=settings, norms=norms, residual=residual)
+    change = ModelChange(spec=spec, settings=settings, norms=norms, residual=residual, kv_scales=kv_scales)
     linears = change.linear_changes()
     unties = spec.tied_head and (spec.names.embedding in linears or spec.names.head in linears)
     origins = _origins(source, spec) if unties else {}
@@ -58,6 +65,7 @@ def transformed_source(
         origins=origins,
         linears=linears,
         norms=norms,
+        gains=norm_gains(spec, kv_scales),
         residual=residual,
         identity_weight=identity_weight(spec),
     )
@@ -75,6 +83,7 @@ class TransformedSource:
         origins: names of tensors that are computed from one of another name.
         linears: changes by module name.
         norms: folded norms by module name.
+        gains: factors on the gains and biases of norms of queries and keys, by module name.
         residual: rotation of the biases that stay in norms.
         identity_weight: what folded norms store.
     """
@@ -85,6 +94,7 @@ class TransformedSource:
     origins: Mapping[str, str]
     linears: Mapping[str, LinearChange]
     norms: Mapping[str, FoldedNorm]
+    gains: Mapping[str, torch.Tensor]
     residual: Rotation | None
     identity_weight: float
 
@@ -109,6 +119,8 @@ class TransformedSource:
         module, _, leaf = name.rpartition(".")
         if module in self.norms:
             return self._norm_tensor(name, self.norms[module], leaf)
+        if module in self.gains:
+            return self._scaled_norm(name, self.gains[module], leaf)
         if module in self.linears:
             return self._bias(name, module) if leaf == "bias" else self._weight(name, self.linears[module])
         return self.source.read(self.origins.get(name, name))
@@ -116,7 +128,7 @@ class TransformedSource:
     def read_chunks(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[torch.Tensor]:
         """Yield the bytes of tensor `name` as uint8 tensors of `chunk_bytes`, the last one shorter."""
         module = name.rpartition(".")[0]
-        if module not in self.norms and module not in self.linears:
+        if not any(module in changed for changed in (self.norms, self.gains, self.linears)):
             yield from self.source.read_chunks(self.origins.get(name, name), chunk_bytes)
             return
         yield from torch.split(self.read(name).reshape(-1).view(torch.uint8), chunk_bytes)
@@ -148,6 +160,12 @@ class TransformedSource:
             return torch.zeros(info.shape, dtype=info.torch_dtype)
         bias_M = norm.kept_bias_M if self.residual is None else self.residual.apply(norm.kept_bias_M)
         return self._stored(name, bias_M, info.torch_dtype)
+
+    def _scaled_norm(self, name: str, gain_D: torch.Tensor, leaf: str) -> torch.Tensor:
+        stored_D = self.source.read(name)
+        # What is added to a stored weight before it is used.
+        offset = 1.0 - self.identity_weight if leaf == "weight" else 0.0
+        return self._stored(name, (stored_D.double() + offset) * gain_D - offset, stored_D.dtype)
 
     def _stored(self, name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         rounded = values.to(dtype)

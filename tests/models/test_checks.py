@@ -137,3 +137,16 @@ def test_a_head_of_its_own_is_used_even_where_the_config_says_tied(tmp_path: Pat
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     assert torch.equal(load_decoder(CheckpointFolder.open(folder)).logits(tokens_BS), expected)
+
+
+def test_scales_for_the_fp8_cache_of_other_engines_change_nothing(folder: Path) -> None:
+    tokens_BS = random_tokens(1, 9)
+    before = load_decoder(CheckpointFolder.open(folder)).logits(tokens_BS)
+    names = [f"model.layers.{index}.self_attn.{leaf}" for index in range(3) for leaf in ("k_scale", "v_scale")]
+    opened = rewrite(folder, **{name: torch.tensor([0.5]) for name in names})
+    check_inventory(opened, model_spec(opened))
+    assert torch.equal(load_decoder(opened).logits(tokens_BS), before)
+    for unknown in ("model.layers.3.self_attn.k_scale", "model.layers.0.self_attn.q_scale", "model.layers.0.k_scale"):
+        with pytest.raises(ModelError, match="an unknown tensor"):
+            check_inventory(rewrite(folder, **{unknown: torch.ones(1)}), model_spec(opened))
+        rewrite(folder, **{unknown: None})

@@ -99,7 +99,7 @@ def test_a_key_like_no_other_still_gets_the_nearest(job: Path) -> None:
         (
             "weights:\n  method: gptk",
             "line 2, weights.method",
-            "one of rtn, gptq, attention_aware, gptqt, binary, attention_aware_binary",
+            "one of none, rtn, gptq, attention_aware, gptqt, binary, attention_aware_binary",
             "the text 'gptk'",
             "Did you mean gptq?",
         ),
@@ -167,10 +167,10 @@ def test_a_key_like_no_other_still_gets_the_nearest(job: Path) -> None:
             "Write a valid value, or remove the key to get the default, the text 'self'.",
         ),
         (
-            "kv_cache:\n  bits: 4",
+            "kv_cache:\n  bits: 5",
             "line 2, kv_cache.bits",
-            "16",
-            "4",
+            "one of 16, 8, 4, 3, 2",
+            "5",
             "Write a valid value, or remove the key to get the default, 16.",
         ),
         (

@@ -144,7 +144,7 @@ def test_group_sizes_that_are_taken(group_size: int) -> None:
         (CalibrationRecipe, "self_temperature", 0.0),
         (CalibrationRecipe, "self_temperature", float("inf")),
         (CalibrationRecipe, "revision", 123),
-        (KVCacheRecipe, "bits", 8),
+        (KVCacheRecipe, "bits", 5),
         (ExportRecipe, "max_shard_bytes", 0),
         (ExportRecipe, "max_shard_bytes", "5 apples"),
         (ExportRecipe, "max_shard_bytes", "0GB"),

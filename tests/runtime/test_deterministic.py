@@ -131,7 +131,7 @@ def test_texts_that_push_each_other_out(case) -> None:
 
 
 def test_a_machine_whose_rows_touch_each_other_takes_them_one_by_one(case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_blocks, "rows_are_independent", lambda decoder, size: False)
+    monkeypatch.setattr(row_blocks, "rows_are_independent", lambda decoder, size, transforms: False)
     engine = case.engine()
     assert engine.runner.block_size == 1
     together = case.run([2, 0, 1])

@@ -18,6 +18,7 @@ from optgptq.models.registry import model_spec
 from optgptq.models.spec import DecoderSpec
 from optgptq.runtime.engine import Engine
 from optgptq.runtime.engine_settings import EngineSettings
+from optgptq.runtime.layer_groups import plain_page_bytes
 from optgptq.runtime.memory_plan import DEFAULT_LENGTH, MemoryPlan, plan_memory
 from optgptq.runtime.start import scheduler_settings
 from optgptq.scheduling.request import Request
@@ -39,7 +40,8 @@ def with_windows(spec: DecoderSpec, *windows: int | None) -> DecoderSpec:
 
 def plan_of(spec: DecoderSpec, budget: int, **changes: int | None) -> MemoryPlan:
     values = {"page_size": 8, "max_length": 64, "max_running": 4, "max_step_tokens": 16, **changes}
-    return plan_memory(spec, number_bytes=NUMBER_BYTES, budget_bytes=budget, **values)
+    page_bytes = plain_page_bytes(spec, page_size=values["page_size"], number_bytes=NUMBER_BYTES)
+    return plan_memory(spec, layer_page_bytes=page_bytes, budget_bytes=budget, **values)
 
 
 def slot_bytes(spec: DecoderSpec) -> int:

@@ -9,6 +9,7 @@ from support.tiny_models import TINY_MODELS, reference_model, save_reference
 
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.models.registry import model_spec
+from optgptq.runtime.layer_groups import plain_page_bytes
 from optgptq.runtime.memory_plan import plan_memory
 from optgptq.runtime.page_pool import PagePool
 from optgptq.scheduling.step import PageCopy
@@ -24,7 +25,7 @@ def test_each_layer_has_storages_and_a_copy_touches_its_group_alone(tmp_path) ->
     plan = plan_memory(
         spec,
         page_size=8,
-        number_bytes=2,
+        layer_page_bytes=plain_page_bytes(spec, page_size=8, number_bytes=2),
         budget_bytes=10**6,
         max_length=40,
         max_running=2,

@@ -20,10 +20,10 @@ from optgptq.models.registry import model_spec
 from optgptq.models.spec import DecoderSpec
 from optgptq.runtime.engine import Engine
 from optgptq.runtime.engine_settings import EngineSettings
+from optgptq.runtime.layer_groups import layer_groups, plain_page_bytes
 from optgptq.runtime.linear import QuantLinear
 from optgptq.runtime.llm import generate
 from optgptq.runtime.load import HeldWeights, load_model
-from optgptq.runtime.memory_plan import layer_groups
 from optgptq.scheduling.sampling_params import SamplingParams
 
 # One of each family, those with the most that is special. GPT-2 is stored transposed, which only GPTQ can say.
@@ -122,7 +122,8 @@ def test_with_prefix_hits(case: Case, held: HeldWeights) -> None:
 
 @pytest.mark.parametrize("held", ["quantized", "dense"])
 def test_with_preemption(case: Case, held: HeldWeights) -> None:
-    groups = layer_groups(case.spec, number_bytes=4, **LIMITS)
+    page_bytes = plain_page_bytes(case.spec, page_size=LIMITS["page_size"], number_bytes=4)
+    groups = layer_groups(case.spec, layer_page_bytes=page_bytes, **LIMITS)
     one_text = sum(group.page_bytes * (group.pages_per_text + 1) for group in groups)
     engine = engine_of(case, held, kv_cache_bytes=one_text, watermark_ratio=0.0)
     assert tokens(engine) == case.expected

@@ -10,17 +10,21 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from support.scheduled import VOCABULARY, SimulatedEngine, request, settings
+from support.scheduled import VOCABULARY, Group, SimulatedEngine, request, settings
 
 from optgptq.errors import CapacityError
 from optgptq.scheduling.step import Step
 
-GROUPS: dict[str, tuple[tuple[int, int | None], ...]] = {
+GROUPS: dict[str, tuple[Group, ...]] = {
     "full": ((9, None),),
     "windowed": ((4, 6),),
     "full and windowed": ((12, None), (4, 6)),
     "two windows": ((3, 1), (5, 9)),
     "narrow pages": ((10, None), (10, 5)),
+    "sinks": ((12, None), (5, 0, 7)),
+    "one sink": ((12, None), (2, 0, 1)),
+    "sinks and a window": ((12, None), (6, 6, 5)),
+    "window, sinks and a narrow window": ((12, None), (4, 6), (5, 1, 4)),
 }
 PROMPTS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30)
 DEADLINES = st.none() | st.integers(1, 20)
@@ -36,7 +40,7 @@ class RandomRequests(RuleBasedStateMachine):
         watermark_ratio=st.sampled_from([0.0, 0.2]),
         restart_lengths=st.sampled_from([(), (13,), (8, 20)]),
     )
-    def begin(self, groups: tuple[tuple[int, int | None], ...], **changes: Any) -> None:
+    def begin(self, groups: tuple[Group, ...], **changes: Any) -> None:
         self.engine = SimulatedEngine(settings(*groups, max_length=40, **changes))
         self.in_flight: Step | None = None
         self.num_requests = 0

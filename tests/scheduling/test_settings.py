@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.scheduled import settings
+from support.scheduled import Group, settings
 
 from optgptq.errors import UsageError
 from optgptq.scheduling.settings import PageGroup
@@ -23,6 +23,14 @@ from optgptq.scheduling.settings import PageGroup
         ({"watermark_ratio": -0.1}, "watermark_ratio", "0 to below 1", "-0.1"),
         ({"groups": (PageGroup(num_pages=1, window=None),)}, "num_pages", "2 or more", "1"),
         ({"groups": (PageGroup(num_pages=2, window=0),)}, "window", "1 or more", "0"),
+        ({"groups": (PageGroup(num_pages=2, window=-1, num_sinks=4),)}, "window", "0 or more", "-1"),
+        ({"groups": (PageGroup(num_pages=2, window=3, num_sinks=-1),)}, "num_sinks", "0 or more", "-1"),
+        (
+            {"groups": (PageGroup(num_pages=2, window=None, num_sinks=4),)},
+            "num_sinks",
+            "0 where there is no window",
+            "4",
+        ),
         ({"restart_lengths": (8, 8)}, "restart_lengths", "ascending lengths of 1 or more", "(8, 8)"),
         ({"restart_lengths": (0,)}, "restart_lengths", "ascending lengths of 1 or more", "(0,)"),
     ],
@@ -46,11 +54,14 @@ def test_values_out_of_range_are_refused(changes: dict[str, object], field: str,
         (((2, 6),), 9),
         (((3, 6),), 64),
         (((1, 1), (2, None)), 9),
+        (((1, 0, 4),), 64),
+        (((1, 0, 5),), 5),
+        (((2, 0, 5),), 64),
+        (((2, 5, 4),), 9),
+        (((3, 5, 4),), 64),
     ],
 )
-def test_the_longest_sequence_is_what_the_smallest_group_holds(
-    groups: tuple[tuple[int, int | None], ...], longest: int
-) -> None:
+def test_the_longest_sequence_is_what_the_smallest_group_holds(groups: tuple[Group, ...], longest: int) -> None:
     assert settings(*groups).longest == longest
 
 
@@ -62,6 +73,25 @@ def test_the_most_visible_pages_are_those_of_the_worst_position(window: int) -> 
     assert PageGroup(num_pages=9, window=None).most_visible_pages(4) is None
 
 
+@pytest.mark.parametrize("window", [0, 1, 2, 4, 6])
+@pytest.mark.parametrize("num_sinks", [1, 4, 5])
+def test_sinks_are_visible_besides(window: int, num_sinks: int) -> None:
+    group = PageGroup(num_pages=9, window=window, num_sinks=num_sinks)
+    seen = [
+        {key // 4 for key in range(query + 1) if key < num_sinks or (window and key > query - window)}
+        for query in range(40)
+    ]
+    assert group.most_visible_pages(4) == max(map(len, seen))
+
+
 def test_the_restart_level_counts_the_lengths_that_are_exceeded() -> None:
     limits = settings(restart_lengths=(8, 20))
     assert [limits.restart_level(length) for length in (8, 9, 20, 21)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("groups", "chunk"),
+    [(((9, None),), 64), (((5, 6),), 8), (((5, 6, 4),), 4), (((3, 0, 9),), 64), (((9, None), (1, 0, 4)), 64)],
+)
+def test_a_first_chunk_is_bounded_by_windows_alone(groups: tuple[Group, ...], chunk: int) -> None:
+    assert settings(*groups).largest_first_chunk == chunk

@@ -17,12 +17,21 @@ from optgptq.scheduling.step import Step, StepPart
 VOCABULARY = 3
 
 
-def settings(*windows_and_pages: tuple[int, int | None], **changes: Any) -> SchedulerSettings:
-    """Return settings with pages of 4 slots; each group is its usable pages and its window."""
+# Usable pages of a group, its window, and its sinks where it has any.
+Group = tuple[int, int | None] | tuple[int, int | None, int]
+
+
+def page_group(usable: int, window: int | None, num_sinks: int = 0) -> PageGroup:
+    """Return a group with so many pages that sequences can have."""
+    return PageGroup(num_pages=usable + 1, window=window, num_sinks=num_sinks)
+
+
+def settings(*windows_and_pages: Group, **changes: Any) -> SchedulerSettings:
+    """Return settings with pages of 4 slots."""
     groups = windows_and_pages or ((20, None),)
     values: dict[str, Any] = {
         "page_size": 4,
-        "groups": tuple(PageGroup(num_pages=usable + 1, window=window) for usable, window in groups),
+        "groups": tuple(page_group(*group) for group in groups),
         "max_length": 64,
         "max_step_tokens": 16,
         "max_running": 4,
@@ -71,8 +80,8 @@ class SimulatedEngine:
         self.now += 1
         step = self.scheduler.schedule(self.now)
         self._check_shape(step)
-        self.check()
         self._run(step)
+        self.check()
         return step
 
     def complete(self, step: Step) -> None:
@@ -116,10 +125,33 @@ class SimulatedEngine:
             filled = {page: slots for text in live for page, slots in self._filled(text, index)}
             assert allocator.num_filled_slots == sum(filled.values())
             assert sum(filled.values()) <= allocator.num_used * self.settings.page_size
+            for text in live:
+                self._check_kept(text, index)
         for text in self.texts:
             assert text.state is not SequenceState.WAITING or not any(text.page_tables)
         running = [text for text in self.texts if text.state is SequenceState.RUNNING]
         assert sum(text.num_seats for text in running) <= self.settings.max_running
+
+    def _check_kept(self, text: Sequence, index: int) -> None:
+        """Check which entries of a table have a page, and that what a text has computed and must keep is there."""
+        size, group, table = self.settings.page_size, self.settings.groups[index], text.page_tables[index]
+        assert len(table) >= -(-text.num_computed // size)
+        window = group.window
+        first = 0 if window is None else max(0, text.num_computed - window + 1)
+        for number, page in enumerate(table):
+            is_kept = number * size < group.num_sinks or (window != 0 and number >= first // size)
+            assert (page != 0) == is_kept, f"page {number} with {text.num_computed} computed"
+        marks = self._marks(text, text.num_computed, text.restart_level)
+        for position in self._needed(group, text.num_computed, text.num_computed):
+            place = table[position // size], position % size
+            assert self._contents[index].get(place) == marks[position], f"position {position} is not kept"
+
+    def _needed(self, group: PageGroup, query: int, end: int) -> Iterator[int]:
+        """Yield the positions below `end` that a query at `query` reads."""
+        for position in range(end):
+            is_seen = group.window is None or position > query - group.window
+            if (is_seen and group.window != 0) or position < group.num_sinks:
+                yield position
 
     def _filled(self, text: Sequence, group: int) -> Iterator[tuple[int, int]]:
         size = self.settings.page_size
@@ -150,7 +182,7 @@ class SimulatedEngine:
             places = [place for place, _ in writes]
             assert len(set(places)) == len(places), "two writers of one slot"
             held = Counter(page for text in self.texts for page in text.page_tables[group] if page)
-            assert all(page != 0 and held[page] == 1 for page, _ in places), "a write into a page of somebody else"
+            assert all(held[page] == 1 for page, _ in places), "a write into a page of somebody else"
             contents.update(writes)
             for part in step.parts:
                 self._check_reads(part, group)
@@ -169,28 +201,34 @@ class SimulatedEngine:
                     contents[copy.target, slot] = contents[copy.source, slot]
 
     def _writes(self, part: StepPart, group: int) -> Iterator[tuple[tuple[int, int], int]]:
-        size = self.settings.page_size
-        marks = self._marks(part)
+        """Yield places and what is written there; what goes to page 0 is lost."""
+        size, kept = self.settings.page_size, self.settings.groups[group]
+        marks = self._marks_of_part(part)
         table = part.sequence.page_tables[group]
         for position in range(part.begin, part.end):
-            yield (table[position // size], position % size), marks[position]
+            page = table[position // size]
+            if page:
+                yield (page, position % size), marks[position]
+            else:
+                assert kept.window == 0, "a write into page 0"
+                assert position >= kept.num_sinks, "a sink is written into page 0"
 
     def _check_reads(self, part: StepPart, group: int) -> None:
         size = self.settings.page_size
-        window = self.settings.groups[group].window
-        first = 0 if window is None else max(0, part.begin - window + 1)
         table = part.sequence.page_tables[group]
-        marks = self._marks(part)
-        for position in range(first, part.end):
+        marks = self._marks_of_part(part)
+        for position in self._needed(self.settings.groups[group], part.begin, part.end):
             place = table[position // size], position % size
             assert self._contents[group].get(place) == marks[position], f"wrong contents at position {position}"
 
-    def _marks(self, part: StepPart) -> list[int]:
+    def _marks_of_part(self, part: StepPart) -> list[int]:
+        return self._marks(part.sequence, part.end, self.settings.restart_level(len(part.sequence.token_ids)))
+
+    def _marks(self, text: Sequence, end: int, level: int) -> list[int]:
         """Return what keys and values of each position depend on: all tokens up to it, and the length of the text."""
-        text = part.sequence
-        mark = hash((text.request.salt, self.settings.restart_level(len(text.token_ids))))
+        mark = hash((text.request.salt, level))
         marks = []
-        for token in text.token_ids[: part.end]:
+        for token in text.token_ids[:end]:
             mark = hash((mark, token))
             marks.append(mark)
         return marks

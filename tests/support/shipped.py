@@ -22,6 +22,10 @@ SHIPPED = (
     "gptq-w8",
     "gptqt-w2",
     "gptqt-w3",
+    "kv2",
+    "kv3",
+    "kv4",
     "opt-gqa-w4",
     "rtn-w4",
+    "w4-kv4",
 )

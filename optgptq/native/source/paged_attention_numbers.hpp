@@ -20,7 +20,16 @@ struct Half {
   std::uint16_t bits;
 };
 
-OPTGPTQ_INLINE FloatVector every(float value) { return FloatVector{} + value; }
+// A sum with zero, the general form, is not left out by compilers: it would turn -0 into 0.
+OPTGPTQ_INLINE FloatVector every(float value) {
+#if OPTGPTQ_VECTOR_BYTES == 64
+  return (FloatVector)_mm512_set1_ps(value);
+#elif OPTGPTQ_VECTOR_BYTES == 32
+  return (FloatVector)_mm256_set1_ps(value);
+#else
+  return FloatVector{} + value;
+#endif
+}
 
 // One rounding where there is an instruction for it; the same everywhere in a path.
 OPTGPTQ_INLINE FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector c) {

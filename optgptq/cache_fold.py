@@ -1,0 +1,95 @@
+"""Channel scales of keys and values that are moved into the weights, found before anything is quantized.
+
+Shapes: `K` key/value heads, `T` vectors, `D` head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from optgptq.cache_plan import CachePlan
+from optgptq.calibration.stream import embed
+from optgptq.checkpoint.source import TensorSource
+from optgptq.data.windows import Windows
+from optgptq.kv_cache.scheme import SideScheme
+from optgptq.kv_calibration.candidates import SideStatistics
+from optgptq.kv_calibration.scales import RangeProblem, fixed_point_scale
+from optgptq.kv_calibration.search import key_side, value_side
+from optgptq.kv_calibration.settings import CacheCalibrationSettings
+from optgptq.kv_calibration.statistics import measure_layer
+from optgptq.models.attention import attention_context
+from optgptq.models.loading import load_embedding, load_layer
+from optgptq.models.spec import STAGE_NAMES, DecoderSpec
+from optgptq.reports import events
+from optgptq.reports.events import ProgressListener
+from optgptq.transforms.kv_scales import KVScales, shares_key_scale
+
+
+def scales_to_fold(
+    source: TensorSource,
+    spec: DecoderSpec,
+    plan: CachePlan,
+    settings: CacheCalibrationSettings,
+    windows: Windows,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: ProgressListener,
+) -> tuple[KVScales, ...]:
+    """Return the scales of each decoder layer; None for sides that are exact or have groups along tokens.
+
+    Where all heads of a layer share the gain of a norm, their keys share one scale.
+
+    Raises:
+        NumericalError: activations are not finite.
+    """
+    stream = embed(
+        windows,
+        load_embedding(source, spec, dtype=dtype, device=device),
+        attention_context(spec, windows.window_size, dtype=dtype, device=device),
+        windows_per_batch=None,
+    )
+    found = []
+    for index, scheme in enumerate(plan.scheme.layers):
+        progress(events.PhaseStarted(name="scales to fold", detail=f"decoder layer {index + 1}/{spec.num_layers}"))
+        layer = load_layer(source, spec, index, dtype=dtype, device=device)
+        scales = KVScales()
+        if not scheme.is_exact:
+            statistics = measure_layer(
+                stream, layer, settings.past, reservoir_tokens=settings.reservoir_tokens, seed=settings.seed
+            )
+            keys, values = key_side(statistics, spec, index), value_side(statistics)
+            scales = KVScales(
+                key_KD=_scale(keys, scheme.keys, is_shared=shares_key_scale(spec)),
+                value_KD=_scale(values, scheme.values, is_shared=False),
+            )
+        found.append(scales)
+        for stage in STAGE_NAMES:
+            stream.advance(layer, stage)
+    return tuple(found)
+
+
+def _scale(side: SideStatistics, scheme: SideScheme, *, is_shared: bool) -> torch.Tensor | None:
+    """Return the float64 scale `[K, D]` with the smallest objective."""
+    if scheme.is_exact or scheme.axis == "token":
+        return None
+    x_KTD = side.x_KTD - side.mean_KD.unsqueeze(1) if side.can_shift else side.x_KTD
+    problem = RangeProblem(
+        x_KTD=x_KTD,
+        weight_KD=side.metric_KDD.diagonal(dim1=1, dim2=2),
+        mass_KT=side.mass_KT,
+        group_size=scheme.group_size,
+        partner_D=side.partner_D,
+    )
+    num_heads = len(x_KTD)
+    if is_shared:
+        problem = replace(
+            problem,
+            x_KTD=x_KTD.flatten(0, 1).unsqueeze(0),
+            weight_KD=problem.weight_KD.mean(0, keepdim=True),
+            mass_KT=side.mass_KT.flatten().unsqueeze(0),
+        )
+    scale_KD = fixed_point_scale(problem)
+    return scale_KD.expand(num_heads, -1).double().cpu()

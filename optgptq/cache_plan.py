@@ -1,0 +1,135 @@
+"""What a recipe asks of the KV cache of a model: bits, groups and exact keys of each decoder layer, decided before
+anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optgptq.errors import ModelError, RecipeError
+from optgptq.kv_cache.page_layout import CHANNEL_MULTIPLE
+from optgptq.kv_cache.scheme import CacheScheme, LayerScheme, PastRule, SideScheme, parse_past_mode
+from optgptq.models.spec import DecoderSpec
+from optgptq.recipe.kv_cache import KVCacheRecipe, layer_ranges
+
+# First tokens of a text, and its last ones, that are kept in 16 bits where the recipe leaves it open: by fewest bits.
+# Codes of 2 bits are unusable without both.
+_SINK_TOKENS = {8: 0, 4: 4, 3: 4, 2: 64}
+_RECENT_TOKENS = {8: 0, 4: 0, 3: 0, 2: 128}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachePlan:
+    """What is made of the cache.
+
+    Attributes:
+        scheme: bits and groups by decoder layer; with a budget the bits are a start.
+        fixed_layers: layers that the recipe names; a budget leaves their bits alone.
+        notes: what is not done as asked, and why.
+    """
+
+    scheme: CacheScheme
+    fixed_layers: frozenset[int]
+    notes: tuple[str, ...]
+
+
+def plan_cache(spec: DecoderSpec, recipe: KVCacheRecipe) -> CachePlan | None:
+    """Return the plan, None where nothing of the cache is quantized.
+
+    Raises:
+        RecipeError: layers that the model does not have, groups that do not divide its heads, or nothing left to
+            quantize.
+        ModelError: its heads do not split into codes.
+    """
+    if not recipe.is_quantized:
+        return None
+    if spec.head_dim % CHANNEL_MULTIPLE:
+        raise ModelError(
+            "kv_cache.bits",
+            expected=f"heads whose channels are a multiple of {CHANNEL_MULTIPLE}, which codes are packed from",
+            found=f"{spec.head_dim} channels",
+            action="Set kv_cache.bits=16 for this model.",
+        )
+    if recipe.group_size != -1 and spec.head_dim % recipe.group_size:
+        raise RecipeError(
+            "kv_cache.group_size",
+            expected=f"a divisor of the {spec.head_dim} channels of a head, or -1 for all of them",
+            found=f"{recipe.group_size}",
+            action="Set kv_cache.group_size=-1.",
+        )
+    layers, fixed = _layers(spec, recipe)
+    if all(layer.is_exact for layer in layers):
+        raise RecipeError(
+            "kv_cache.skip_layers and kv_cache.layers",
+            expected="at least one decoder layer to quantize",
+            found=f"16 bits for all {spec.num_layers}",
+            action="Name fewer layers, or set kv_cache.bits=16.",
+        )
+    return CachePlan(
+        scheme=CacheScheme(layers=layers, past=_past(recipe, layers)),
+        fixed_layers=fixed,
+        notes=_notes(spec, recipe),
+    )
+
+
+def _layers(spec: DecoderSpec, recipe: KVCacheRecipe) -> tuple[tuple[LayerScheme, ...], frozenset[int]]:
+    bits = [[recipe.key_bits or recipe.bits, recipe.value_bits or recipe.bits] for _ in spec.layers]
+    fixed: set[int] = set()
+    for number, rule in enumerate(recipe.layers):
+        for index in _numbers(rule.layers, spec, where=f"kv_cache.layers.{number}.layers"):
+            bits[index] = [rule.key_bits or bits[index][0], rule.value_bits or bits[index][1]]
+            fixed.add(index)
+    if recipe.skip_layers is not None:
+        for index in _numbers(recipe.skip_layers, spec, where="kv_cache.skip_layers"):
+            bits[index] = [16, 16]
+            fixed.add(index)
+    size = spec.head_dim if recipe.group_size == -1 else recipe.group_size
+
+    def keys(width: int) -> SideScheme:
+        if recipe.key_axis == "channel" or width == 16:
+            return _along_channels(width, size)
+        return SideScheme(bits=width, group_size=recipe.key_group_tokens, axis="token")
+
+    layers = (LayerScheme(keys=keys(key), values=_along_channels(value, size)) for key, value in bits)
+    return tuple(layers), frozenset(fixed)
+
+
+def _along_channels(bits: int, group_size: int) -> SideScheme:
+    return SideScheme() if bits == 16 else SideScheme(bits=bits, group_size=group_size)
+
+
+def _numbers(text: str, spec: DecoderSpec, *, where: str) -> list[int]:
+    ranges = layer_ranges(text)
+    largest = max(last for _, last in ranges)
+    if largest >= spec.num_layers:
+        raise RecipeError(
+            where,
+            expected=f"decoder layers of this model, 0 to {spec.num_layers - 1}",
+            found=f"{largest}",
+            action="Name layers that there are.",
+        )
+    return [index for first, last in ranges for index in range(first, last + 1)]
+
+
+def _past(recipe: KVCacheRecipe, layers: tuple[LayerScheme, ...]) -> PastRule:
+    mode, window = parse_past_mode(recipe.past_only)
+    by_token = any(layer.keys.axis == "token" for layer in layers)
+    fewest = min(side.bits for layer in layers for side in (layer.keys, layer.values))
+    if recipe.budget_bits is not None:
+        # A budget may give any side fewer bits than the mean.
+        fewest = min(fewest, 2 if recipe.budget_bits < 3 else 3)
+    return PastRule(
+        mode=mode,
+        window=window,
+        sink_tokens=_SINK_TOKENS[fewest] if recipe.sink_tokens is None else recipe.sink_tokens,
+        recent_tokens=_RECENT_TOKENS[fewest] if recipe.recent_tokens is None else recipe.recent_tokens,
+        granule=recipe.key_group_tokens if by_token else 1,
+    )
+
+
+def _notes(spec: DecoderSpec, recipe: KVCacheRecipe) -> tuple[str, ...]:
+    if recipe.key_transform != "shift_scale" or spec.attention_softcap is None:
+        return ()
+    return (
+        "kv_cache.key_transform: keys are scaled and not shifted, since this model caps its attention scores, and a "
+        "shift of keys then does not drop out of the softmax",
+    )
