@@ -25,7 +25,12 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CASE_MODULES = ("measure.compiled_attention", "measure.compiled_leaves", "measure.compiled_affine")
+CASE_MODULES = (
+    "measure.compiled_attention",
+    "measure.compiled_quantized",
+    "measure.compiled_leaves",
+    "measure.compiled_affine",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +126,10 @@ def usage(kernel: Any, target: str) -> Usage:
     shared = int(kernel.metadata.shared)
     if TARGETS[target].device.backend == "hip":
         text = kernel.asm["amdgcn"]
-        spilled = sum(_number(rf"\.{kind}_spill_count:\s+(\d+)", text) for kind in ("vgpr", "sgpr"))
+        spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+        # Scalar registers that do not fit are kept in lanes of vector registers as long as there are any.
+        if _number(r"\.private_segment_fixed_size:\s+(\d+)", text):
+            spilled += _number(r"\.sgpr_spill_count:\s+(\d+)", text)
         return Usage(registers=_number(r"\.vgpr_count:\s+(\d+)", text), shared=shared, spilled=spilled)
     text = nvidia_tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
     return Usage(registers=_number(r"REG:(\d+)", text), shared=shared, spilled=_number(r"STACK:(\d+)", text))

@@ -1,9 +1,9 @@
 """How triton kernels read rows of codes from pages, one source for CUDA and HIP. Importing this module imports triton.
 
-The layout of a page is that of `optgptq.kv_cache.page_layout`. A row is read as 32-bit words; of each, a shift and a mask
-make two codes at a time, in the two halves of a word. So the features of a row come in an order of their own, the order
-of codes: bytes 0, 2, 1, 3 of a word, of the first and third byte the first parts, and so on. Queries are brought into the
-same order once, and sums are brought back once; numbers that are no codes are read in the order of channels.
+The layout of a page is that of `optgptq.kv_cache.page_layout`. A row is read as words of 32 bits; a shift and a mask of
+a word make two codes at a time, in its two halves. So the features of a row come in an order of their own, the order of
+codes: in a word, bytes 0 and 2 together, then 1 and 3, each part by part. Queries are brought into the same order once,
+and sums are brought back once; numbers that are no codes are read in the order of channels.
 
 Shapes: `M` rows of queries, `TILE` keys, `D` features of a head, padded.
 """
@@ -65,11 +65,13 @@ def channels_of_codes(SHAPE: tl.constexpr, SIDE: tl.constexpr, BLOCK_D: tl.const
     """Return the channel `[D]` of each feature in the order of codes, and whether there is one."""
     feature = tl.arange(0, BLOCK_D)
     if SIDE.bits == 0:
-        return feature, feature < SHAPE.head_dim
-    PARTS: tl.constexpr = 8 // SIDE.low_bits
-    WIDTH: tl.constexpr = SHAPE.head_dim // PARTS
-    place = feature // (4 * PARTS) * 4 + feature % 2 * 2 + feature // (2 * PARTS) % 2
-    return feature // 2 % PARTS * WIDTH + place, place < WIDTH
+        channel, is_channel = feature, feature < SHAPE.head_dim
+    else:
+        PARTS: tl.constexpr = 8 // SIDE.low_bits
+        WIDTH: tl.constexpr = SHAPE.head_dim // PARTS
+        place = feature // (4 * PARTS) * 4 + feature % 2 * 2 + feature // (2 * PARTS) % 2
+        channel, is_channel = feature // 2 % PARTS * WIDTH + place, place < WIDTH
+    return channel, is_channel
 
 
 @triton.jit
@@ -91,11 +93,11 @@ def channels_in_order(SHAPE: tl.constexpr, SIDE: tl.constexpr, BLOCK_D: tl.const
 @triton.jit
 def in_order(sums, SIDE: tl.constexpr):
     """Return sums `[M, D]` with their features, which are in the order of codes, in that of channels."""
-    if SIDE.bits == 0:
-        return sums
-    PARTS: tl.constexpr = 8 // SIDE.low_bits
-    parts = tl.reshape(sums, [sums.shape[0], sums.shape[1] // (4 * PARTS), 2, PARTS, 2])
-    return tl.reshape(tl.permute(parts, (0, 3, 1, 4, 2)), sums.shape)
+    if SIDE.bits != 0:
+        PARTS: tl.constexpr = 8 // SIDE.low_bits
+        parts = tl.reshape(sums, [sums.shape[0], sums.shape[1] // (4 * PARTS), 2, PARTS, 2])
+        sums = tl.reshape(tl.permute(parts, (0, 3, 1, 4, 2)), sums.shape)
+    return sums
 
 
 @triton.jit
@@ -114,13 +116,14 @@ def third_bits(pages, row, is_seen, SHAPE: tl.constexpr, SIDE: tl.constexpr, BLO
         WORDS: tl.constexpr = BYTES // 4
         words = tl.load(base + (word % WORDS)[None, :, None], mask=is_word, other=0)
         shift = (step // 4 * 8 + step % 4 * 2)[None, None, :] + (word // WORDS)[None, :, None]
-        return ((words >> shift) & 0x00010001) << 2
-    bits = tl.zeros([row.shape[0], BLOCK_D // 16, 8], tl.int32)
-    for half in tl.static_range(2):
-        channel = (step % 4 * (2 * BYTES) + half * 2 + step // 4)[None, None, :] + (word * 4)[None, :, None]
-        byte = channel % BYTES
-        words = tl.load(base + byte // 4, mask=is_word, other=0)
-        bits |= ((words >> (byte % 4 * 8 + channel // BYTES)) & 1) << (16 * half + 2)
+        bits = ((words >> shift) & 0x00010001) << 2
+    else:
+        bits = tl.zeros([row.shape[0], BLOCK_D // 16, 8], tl.int32)
+        for half in tl.static_range(2):
+            channel = (step % 4 * (2 * BYTES) + half * 2 + step // 4)[None, None, :] + (word * 4)[None, :, None]
+            byte = channel % BYTES
+            words = tl.load(base + byte // 4, mask=is_word, other=0)
+            bits |= ((words >> (byte % 4 * 8 + channel // BYTES)) & 1) << (16 * half + 2)
     return bits
 
 
@@ -187,17 +190,19 @@ def load_numbers(
     if SIDE.bits == 0:
         feature = tl.arange(0, BLOCK_D)
         is_entry = is_seen[:, None] & (feature < SHAPE.head_dim)[None, :]
-        numbers = tl.load(raw + (row // SHAPE.exact_bytes)[:, None] + feature[None, :], mask=is_entry, other=0.0)
-        return numbers.to(dtype)
-    if SIDE.is_single:
-        return load_codes(pages, row, is_seen, SHAPE, SIDE, BLOCK_D, dtype)
-    codes = load_codes(pages, row, is_seen, SHAPE, SIDE, BLOCK_D, tl.float32)
-    channel, is_channel = channels_of_codes(SHAPE, SIDE, BLOCK_D)
-    if SIDE.by_token:
-        first, index = slot // SIDE.group_size * SHAPE.head_dim, channel
+        place = raw + (row // SHAPE.exact_bytes)[:, None] + feature[None, :]
+        numbers = tl.load(place, mask=is_entry, other=0.0).to(dtype)
+    elif SIDE.is_single:
+        numbers = load_codes(pages, row, is_seen, SHAPE, SIDE, BLOCK_D, dtype)
     else:
-        first, index = slot * (SHAPE.head_dim // SIDE.group_size), channel // SIDE.group_size
-    place = pages + ((head + SIDE.parameters) // 4 + first)[:, None] + index[None, :]
-    words = tl.load(place, mask=is_seen[:, None] & is_channel[None, :], other=0)
-    scale, minimum = split_parameters(words)
-    return (codes * scale + minimum).to(dtype)
+        codes = load_codes(pages, row, is_seen, SHAPE, SIDE, BLOCK_D, tl.float32)
+        channel, is_channel = channels_of_codes(SHAPE, SIDE, BLOCK_D)
+        if SIDE.by_token:
+            first, index = slot // SIDE.group_size * SHAPE.head_dim, channel
+        else:
+            first, index = slot * (SHAPE.head_dim // SIDE.group_size), channel // SIDE.group_size
+        place = pages + ((head + SIDE.parameters) // 4 + first)[:, None] + index[None, :]
+        words = tl.load(place, mask=is_seen[:, None] & is_channel[None, :], other=0)
+        scale, minimum = split_parameters(words)
+        numbers = (codes * scale + minimum).to(dtype)
+    return numbers

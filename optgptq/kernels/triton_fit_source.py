@@ -23,10 +23,12 @@ _SMALLEST_DETERMINANT = tl.constexpr(1e-6)
 def reduced(x, AXIS: tl.constexpr, KIND: tl.constexpr):
     """Return least, greatest or sum of numbers along an axis."""
     if KIND == "least":
-        return tl.min(x, AXIS)
-    if KIND == "greatest":
-        return tl.max(x, AXIS)
-    return tl.sum(x, AXIS)
+        result = tl.min(x, AXIS)
+    elif KIND == "greatest":
+        result = tl.max(x, AXIS)
+    else:
+        result = tl.sum(x, AXIS)
+    return result
 
 
 @triton.jit
@@ -36,13 +38,14 @@ def of_groups(x, group, REST: tl.constexpr, KIND: tl.constexpr, GROUPS: tl.const
     `x` is `REST` where there is no number, which changes no result. `group [D]` is that of each feature.
     """
     if GROUPS == 0:
-        return reduced(x, 0, KIND)[None, :]
-    if GROUPS == 1:
-        return reduced(x, 1, KIND)[:, None]
-    result = tl.zeros_like(x)
-    for each in tl.static_range(GROUPS):
-        is_member = (group == each)[None, :]
-        result = tl.where(is_member, reduced(tl.where(is_member, x, REST), 1, KIND)[:, None], result)
+        result = reduced(x, 0, KIND)[None, :]
+    elif GROUPS == 1:
+        result = reduced(x, 1, KIND)[:, None]
+    else:
+        result = tl.zeros_like(x)
+        for each in tl.static_range(GROUPS):
+            is_member = (group == each)[None, :]
+            result = tl.where(is_member, reduced(tl.where(is_member, x, REST), 1, KIND)[:, None], result)
     return result
 
 
@@ -120,9 +123,7 @@ def lost(x, scale, minimum, is_entry, weight, group, LIMIT: tl.constexpr, GROUPS
 @triton.jit
 def column(x, channel, wanted, GROUPS: tl.constexpr):
     """Return the numbers `[M]` of one channel; of what is `[M, 1]` the only ones."""
-    if GROUPS == 1:
-        return tl.sum(x, 1)
-    return tl.sum(tl.where((channel == wanted)[None, :], x, 0.0), 1)
+    return tl.sum(x if GROUPS == 1 else tl.where((channel == wanted)[None, :], x, 0.0), 1)
 
 
 @triton.jit

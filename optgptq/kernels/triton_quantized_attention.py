@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from optgptq.kernels import triton_attention
 from optgptq.kernels.device_kind import DeviceKind, device_kind
-from optgptq.kernels.paged_attention import PagedBatch, ScoreRule
+from optgptq.kernels.paged_attention import ScoreRule
 from optgptq.kernels.quantized_attention import CacheBatch, CacheStorage
 from optgptq.kernels.triton_attention import LaunchPlan, Tiles, padded_head_dim
 from optgptq.kernels.triton_codes_source import CodeSide, PageShape
@@ -56,11 +55,10 @@ def choose_tiles(kind: DeviceKind, dtype: torch.dtype, layout: PageLayout, *, mo
     """Return the sizes for queries of `dtype` where a sequence has up to `most_rows` rows of one key/value head."""
     tiles = triton_attention.choose_tiles(kind, dtype, layout.head_dim, most_rows=most_rows)
     # Codes take registers while they become numbers.
-    keys, options = min(tiles.keys, 32), tiles.options
-    if kind.is_hip:
-        # Twice the waves that exact keys have: half the registers of each, and half its masks.
-        options = options | {"num_warps": max(8, options["num_warps"])}
-    return replace(tiles, keys=keys, options=options)
+    if kind.is_hip and kind.wave_size == 32:
+        # A thread has 256 registers here, and the matrix unit wants operands twice.
+        return replace(tiles, keys=16, options=tiles.options | {"num_warps": max(8, tiles.options["num_warps"])})
+    return replace(tiles, keys=min(tiles.keys, 32))
 
 
 def store(key_TKD: torch.Tensor, value_TKD: torch.Tensor, storage: CacheStorage, batch: CacheBatch) -> None:
@@ -97,12 +95,12 @@ def attend(
 ) -> torch.Tensor:
     """Return attention `[T, N, D]` in the dtype of the queries: float16, bfloat16 or float32.
 
-    Scores and sums are float32. Codes are exact where a token has one scale and one minimum, whose products with
-    weights are bfloat16 for 16-bit queries; other numbers and weights are rounded to the dtype of the queries. A row has
-    the same bits in every batch and in every cut of its sequence, as long as it reads the same keys exactly.
+    Scores and sums are float32. Codes are exact where a token has one scale and one minimum, and their weights times
+    the scale are bfloat16 for 16-bit queries; other numbers and weights are rounded to the dtype of the queries. A row
+    has the same bits in every batch and in every cut of its sequence, as long as it reads the same keys exactly.
     """
     layout, pages = storage.layout, batch.pages
-    num_tokens, num_heads, head_dim = query_TND.shape
+    num_tokens, num_heads = query_TND.shape[:2]
     output_TND = torch.empty(query_TND.shape, dtype=query_TND.dtype, device=query_TND.device)
     if num_tokens == 0:
         return output_TND

@@ -144,7 +144,7 @@ def attend_exact(
     key_channel, is_key_channel = channels_in_order(SHAPE, KEYS, BLOCK_D)
     value_channel, is_value_channel = channels_in_order(SHAPE, VALUES, BLOCK_D)
     first_sink, num_sink_tiles, first_late, num_tiles = tiles
-    for index in range(0, num_tiles):
+    for index in range(num_tiles):
         tile = tl.where(index < num_sink_tiles, first_sink + index, first_late + index - num_sink_tiles)
         key = tile * TILE + tl.arange(0, TILE)
         is_seen = (key >= begin) & (key < end) & ((key < num_sinks) | (key >= least))
@@ -166,7 +166,7 @@ def attend_exact(
 
 @triton.jit
 def exact_ranges(begin, end, least, num_sinks, low, high, TILE: tl.constexpr):
-    """Return first tile and number of the tiles `low .. high - 1` with first tokens, first of the others, number of all."""
+    """Return of the tiles `low .. high - 1` the first with first tokens, their number, the first late one, and all."""
     sink_end = tl.minimum(num_sinks, end)
     first_sink = tl.maximum(begin // TILE, low)
     end_sink = tl.where(begin < sink_end, tl.minimum(tl.cdiv(sink_end, TILE), high), first_sink)

@@ -16,7 +16,7 @@ from optgptq.kv_cache.fitting import NUM_REFITS
 from optgptq.kv_cache.page_planes import Side
 
 # Tokens of a program. A fitted code waits for those of all channels before it: fewer tokens, more programs.
-ROUNDED_TOGETHER, FITTED_TOGETHER = 16, 4
+ROUNDED_TOGETHER, FITTED_TOGETHER = 16, 2
 # Products and sums stay apart: codes are those of torch.
 ROUNDED_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 FITTED_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}

@@ -4,7 +4,7 @@ With `y = ((x - shift) / scale) @ rotation` stored, a query becomes `(q * scale)
 `q (x - shift)`, and the part of the shift is the same for all keys of a query. Computed in float32, given back in the
 dtype that came.
 
-Shapes: `T` tokens, `N` query heads, `K` key/value heads, `D` head dimension.
+Shapes: `T` tokens, `N` query heads, `K` key/value heads, `G` queries of one, `D` head dimension, `R` rows of a product.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class HeadTransform:
         if scale_KD is not None:
             query_TKGD = query_TKGD * scale_KD.unsqueeze(1)
         if rotation_KDD is not None:
-            query_TKGD = torch.matmul(query_TKGD, rotation_KDD)
-        return query_TKGD.view(num_tokens, num_heads, head_dim).to(query_TND.dtype)
+            query_TKGD = _rotated(query_TKGD, rotation_KDD)
+        return query_TKGD.reshape(num_tokens, num_heads, head_dim).to(query_TND.dtype)
 
     def key(self, key_TKD: torch.Tensor) -> torch.Tensor:
         """Return keys as they are stored."""
@@ -58,12 +58,12 @@ class HeadTransform:
         num_tokens, num_heads, head_dim = output_TND.shape
         output_TKGD = output_TND.float().view(num_tokens, _num_heads(side), -1, head_dim)
         if side.rotation_KDD is not None:
-            output_TKGD = torch.matmul(output_TKGD, side.rotation_KDD.transpose(1, 2))
+            output_TKGD = _rotated(output_TKGD, side.rotation_KDD.transpose(1, 2))
         if side.scale_KD is not None:
             output_TKGD = output_TKGD * side.scale_KD.unsqueeze(1)
         if side.shift_KD is not None:
             output_TKGD = output_TKGD + side.shift_KD.unsqueeze(1)
-        return output_TKGD.view(num_tokens, num_heads, head_dim).to(output_TND.dtype)
+        return output_TKGD.reshape(num_tokens, num_heads, head_dim).to(output_TND.dtype)
 
 
 def transform_vectors(x_TKD: torch.Tensor, side: SideParameters) -> torch.Tensor:
@@ -76,8 +76,16 @@ def transform_vectors(x_TKD: torch.Tensor, side: SideParameters) -> torch.Tensor
     if side.scale_KD is not None:
         y_TKD = y_TKD / side.scale_KD
     if side.rotation_KDD is not None:
-        y_TKD = torch.matmul(y_TKD.unsqueeze(2), side.rotation_KDD).squeeze(2)
+        y_TKD = _rotated(y_TKD.unsqueeze(2), side.rotation_KDD).squeeze(2)
     return y_TKD.to(x_TKD.dtype)
+
+
+def _rotated(x_TKGD: torch.Tensor, rotation_KDD: torch.Tensor) -> torch.Tensor:
+    """Return `x @ rotation` as one product for each head; a product for each token would copy the rotation as often."""
+    num_tokens, num_kv_heads, group, head_dim = x_TKGD.shape
+    rows_KRD = x_TKGD.transpose(0, 1).reshape(num_kv_heads, num_tokens * group, head_dim)
+    rotated_KRD = torch.bmm(rows_KRD, rotation_KDD)
+    return rotated_KRD.view(num_kv_heads, num_tokens, group, head_dim).transpose(0, 1)
 
 
 def _num_heads(side: SideParameters) -> int:

@@ -17,7 +17,7 @@ from optgptq.kv_cache.codec import SideCodec, decode, encode
 from optgptq.kv_cache.scheme import LayerScheme, PastRule, SideScheme
 from optgptq.kv_cache.setup import LayerParameters, SideParameters
 from optgptq.kv_cache.transform import transform_vectors
-from optgptq.models.attention import alibi_bias
+from optgptq.models.attention import alibi_bias, self_attention
 from optgptq.models.spec import DecoderSpec
 
 # Queries per step: bounds scores to N * 256 * T numbers.
@@ -119,6 +119,8 @@ class CacheAttend:
         /,
     ) -> torch.Tensor:
         layer = self.layers.get(layer_index, LayerQuantizer(keys=None, values=None))
+        if layer.keys is None and layer.values is None:
+            return self_attention(layer_index, query_BNSD, key_BKSD, value_BKSD, spec)
         coded_key = key_BKSD if layer.keys is None else layer.keys(key_BKSD)
         coded_value = value_BKSD if layer.values is None else layer.values(value_BKSD)
         return mixed_attention(

@@ -18,7 +18,7 @@ from optgptq.errors import RecipeError
 from optgptq.kv_cache.scheme import CacheScheme, LayerScheme
 from optgptq.kv_cache.setup import LayerParameters, SideParameters
 from optgptq.kv_calibration.allocation import allocate_bits
-from optgptq.kv_calibration.attend import LayerQuantizer
+from optgptq.kv_calibration.attend import LayerQuantizer, on_device
 from optgptq.kv_calibration.chains import Chains, LayerOf, copied
 from optgptq.kv_calibration.divergence import mean_divergence
 from optgptq.kv_calibration.refine import refine_layer
@@ -39,7 +39,7 @@ class CalibratedCache:
 
     Attributes:
         scheme: what is stored, with the bits that were allocated.
-        layers: parameters of each decoder layer.
+        layers: parameters of each decoder layer, on the processor.
         record: what was done and measured, as plain values, without times and paths.
     """
 
@@ -142,4 +142,8 @@ def _layer(
         "value_maximum": statistics.value_maximum_K.tolist(),
         "sinks": list(statistics.sinks),
     }
-    return found.parameters, record
+    cpu = torch.device("cpu")
+    parameters = LayerParameters(
+        keys=on_device(found.parameters.keys, cpu), values=on_device(found.parameters.values, cpu)
+    )
+    return parameters, record

@@ -7,10 +7,13 @@ Shapes: `T` tokens of a step, `R` sequences, `N` query heads, `K` key/value head
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
+from optgptq.kv_cache.page_layout import CHANNEL_MULTIPLE, PAGE_MULTIPLE
+from optgptq.kv_cache.scheme import EXACT_BITS
 from optgptq.native.library import check_done, load_library
 from optgptq.native.paged_attention import (
     TYPES,
@@ -32,11 +35,6 @@ if TYPE_CHECKING:
     from optgptq.kv_cache.codec import SideCodec
     from optgptq.kv_cache.page_layout import PageLayout
     from optgptq.kv_cache.scheme import LayerScheme
-
-# Packing splits the channels of a head into so many parts at most.
-_CHANNEL_MULTIPLE = 8
-# Keys of a block that lies in one page.
-_PAGE_MULTIPLE = 16
 
 
 class _Side(ctypes.Structure):
@@ -185,10 +183,9 @@ def _tokens(key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> _NewT
 
 def _pages(storage: CacheStorage, batch: CacheBatch, dtype: torch.dtype) -> _CachePages:
     layout, pages_ZB = storage.layout, storage.pages_ZB
+    page_bytes, head_bytes, keys, values = _places(layout)
     assert pages_ZB.dtype == torch.uint8 and pages_ZB.is_contiguous()  # noqa: PT018
-    assert pages_ZB.shape[1] == layout.page_bytes
-    assert layout.page_size % _PAGE_MULTIPLE == 0
-    assert layout.head_dim % _CHANNEL_MULTIPLE == 0
+    assert pages_ZB.shape[1] == page_bytes
     shape = (layout.num_kv_heads, layout.head_dim, layout.page_size)
     exact, table, stride = Pages(None, None, *shape, TYPES[dtype]), None, 0
     if batch.exact is not None:
@@ -203,33 +200,29 @@ def _pages(storage: CacheStorage, batch: CacheBatch, dtype: torch.dtype) -> _Cac
         assert table_RP.dtype == torch.int32
         assert table_RP.stride(1) == 1 or table_RP.shape[1] <= 1
         table, stride = table_RP.data_ptr(), table_RP.stride(0)
-    return _CachePages(
-        pages_ZB.data_ptr(),
-        layout.page_bytes,
-        layout.head_bytes,
-        TYPES[dtype],
-        _side(storage.key_codec, layout.key_row_bytes, 0, layout.key_parameters),
-        _side(storage.value_codec, layout.value_row_bytes, layout.value_codes, layout.value_parameters),
-        exact,
-        table,
-        stride,
-    )
+    sides = (_side(storage.key_codec, keys), _side(storage.value_codec, values))
+    return _CachePages(pages_ZB.data_ptr(), page_bytes, head_bytes, TYPES[dtype], *sides, exact, table, stride)
 
 
-def _side(codec: SideCodec | None, row_bytes: int, codes: int, parameters: int) -> _Side:
+@lru_cache(maxsize=256)
+def _places(layout: PageLayout) -> tuple[int, int, tuple[int, int, int], tuple[int, int, int]]:
+    """Return bytes of a page and of a head, and where keys and values lie: bytes of a row, both planes.
+
+    Kept, since a step asks twice for each decoder layer: without it half of what a call costs in Python.
+    """
+    assert layout.page_size % PAGE_MULTIPLE == 0
+    assert layout.head_dim % CHANNEL_MULTIPLE == 0
+    keys = (layout.key_row_bytes, 0, layout.key_parameters)
+    values = (layout.value_row_bytes, layout.value_codes, layout.value_parameters)
+    return layout.page_bytes, layout.head_bytes, keys, values
+
+
+def _side(codec: SideCodec | None, places: tuple[int, int, int]) -> _Side:
     if codec is None:
-        return _Side(None, None, None, 0, 16, 0, 0, row_bytes, codes, parameters)
+        return _Side(None, None, None, 0, EXACT_BITS, 0, 0, *places)
     scheme, pointers = codec.scheme, []
     for numbers in (codec.ranges_C2, codec.metric_KDD, codec.feedback_KDD):
         assert numbers is None or (numbers.dtype == torch.float32 and numbers.is_contiguous())
         pointers.append(None if numbers is None else numbers.data_ptr())
-    return _Side(
-        *pointers,
-        codec.ranges_C2.shape[0],
-        scheme.bits,
-        scheme.group_size,
-        scheme.axis == "token",
-        row_bytes,
-        codes,
-        parameters,
-    )
+    along_tokens = scheme.axis == "token"
+    return _Side(*pointers, codec.ranges_C2.shape[0], scheme.bits, scheme.group_size, along_tokens, *places)

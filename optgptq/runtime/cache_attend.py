@@ -134,5 +134,5 @@ def _side_on(side: SideParameters, device: torch.device) -> SideParameters:
     return SideParameters(
         shift_KD=None if shift is None else shift.float().to(device),
         scale_KD=None if scale is None else scale.float().to(device),
-        rotation_KDD=None if rotation is None else rotation.float().to(device),
+        rotation_KDD=None if rotation is None else rotation.float().to(device).contiguous(),
     )

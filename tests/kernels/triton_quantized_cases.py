@@ -19,8 +19,9 @@ from support.kv_cache import PASTS, CacheStep, CacheTexts, cache_texts, layer_sc
 from support.paged import Part
 
 from optgptq.kernels import quantized_attention as plain
-from optgptq.kernels import triton_attention, triton_quantized_attention
-from optgptq.kernels.paged_attention import ScoreRule
+from optgptq.kernels import triton_attention, triton_quantized_attention, triton_store_codes
+from optgptq.kernels.paged_attention import PagedBatch, ScoreRule
+from optgptq.kv_cache.codec import encode
 from optgptq.kv_cache.packing import unpack
 from optgptq.kv_cache.page_planes import SIDES, Side, code_plane, read_vectors
 from optgptq.kv_cache.scheme import LayerScheme, SideScheme
@@ -40,6 +41,19 @@ LENGTHS = (1, 5, 17, 77, 130)
 MIX: list[Part] = [(0, 0, 1), (4, 127, 130), (1, 3, 5), (2, 14, 17), (3, 76, 77)]
 TOLERANCES = {torch.float32: 6e-6, torch.float16: 8e-3, torch.bfloat16: 1.6e-2}
 SCHEMES = layer_schemes(16)
+COMBINATIONS = (
+    ("2 bits", "off", "plain"),
+    ("3 bits", "token", "window"),
+    ("4 bits", "chunk", "softcap"),
+    ("8 bits", "window", "rounded alibi and sinks"),
+    ("halves", "off, sinks", "all"),
+    ("8 and 2 bits", "token, sinks", "window"),
+    ("keys only", "chunk, sinks and recent", "plain"),
+    ("values only", "window and recent", "all"),
+    ("keys along tokens", "chunk, sinks and recent", "window"),
+    ("keys along tokens, 3 bits", "window", "plain"),
+    ("keys along tokens, exact values", "token, sinks", "rounded alibi and sinks"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -97,19 +111,137 @@ def check(texts: CacheTexts, parts: Sequence[Part], rule: ScoreRule) -> None:
 
 
 @pytest.mark.usefixtures("_short_segments")
-@pytest.mark.parametrize("name", list(SCHEMES))
-def test_every_scheme_in_a_mixed_step_of_several_segments(name):
-    texts = cache_texts(LENGTHS, SCHEMES[name], PASTS["chunk, sinks and recent"], seed=1)
-    check(texts, MIX, RULES["plain"])
+@pytest.mark.parametrize(("name", "past", "rule"), COMBINATIONS)
+def test_schemes_modes_and_rules_in_a_mixed_step_of_several_segments(name, past, rule, monkeypatch):
+    """In two ways: a program for each segment, and one for all."""
+    monkeypatch.setattr(triton_attention, "TARGET_PROGRAMS", 1024 if len(name) % 2 else 0)
+    texts = cache_texts(LENGTHS, SCHEMES[name], PASTS[past], num_kv_heads=1, window=RULES[rule].window, seed=2)
+    check(texts, MIX, RULES[rule])
+
+
+@pytest.mark.parametrize(
+    ("bits", "head_dim", "group_size", "num_heads", "num_kv_heads", "page_size", "dtype"),
+    [
+        (4, 64, 64, 4, 2, 16, torch.bfloat16),
+        (8, 32, 32, 7, 1, 32, torch.bfloat16),
+        (2, 40, 40, 4, 2, 48, torch.float16),
+        (3, 80, 80, 3, 3, 16, torch.float16),
+        (3, 96, 96, 4, 1, 16, torch.bfloat16),
+        (8, 40, 20, 20, 1, 16, torch.float16),
+        (2, 128, 32, 1, 1, 16, torch.bfloat16),
+    ],
+)
+def test_groups_head_sizes_and_pages(bits, head_dim, group_size, num_heads, num_kv_heads, page_size, dtype):
+    side = SideScheme(bits=bits, group_size=group_size)
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "page_size": page_size}
+    texts = cache_texts((5, 40), LayerScheme(keys=side, values=side), PASTS["token, sinks"], dtype=dtype, **heads)
+    check(texts, [(1, 36, 40), (0, 4, 5)], ScoreRule(scale=head_dim**-0.5))
+
+
+def test_exact_sides_of_16_bits():
+    for name in ("keys only", "values only"):
+        texts = cache_texts((5, 40), SCHEMES[name], PASTS["window"], dtype=torch.float16, seed=3)
+        check(texts, [(1, 30, 40), (0, 4, 5)], ScoreRule(scale=0.3))
+
+
+def test_sums_of_many_small_weights_are_kept():
+    """Weights times scales below the smallest float16 are most of a flat attention over a long text."""
+    side = SideScheme(bits=4, group_size=16)
+    texts = cache_texts((600,), LayerScheme(keys=side, values=side), PASTS["token"], num_heads=1, num_kv_heads=1)
+    query, value = texts.query_LND[0].half() * 0, (texts.value_LKD[0] * 1e-4).half()
+    codes = [{"keys": texts.codes[0]["keys"], "values": encode(value, texts.codecs["values"])}]
+    small = replace(
+        texts, query_LND=[query], key_LKD=[texts.key_LKD[0].half()], value_LKD=[value], codes=codes,
+        layout=replace(texts.layout, exact_bytes=2),
+    )  # fmt: skip
+    step = stored(small.step([(0, 599, 600)]))
+    expected = small.dense((0, 599, 600), ScoreRule(scale=0.3))
+    error = (attend(step, ScoreRule(scale=0.3)).double() - expected).abs().max()
+    assert error <= 0.02 * expected.abs().max()
 
 
 @pytest.mark.usefixtures("_short_segments")
-@pytest.mark.parametrize("past", list(PASTS))
-@pytest.mark.parametrize("rule", list(RULES))
-def test_every_mode_and_rule(past, rule):
-    names = list(SCHEMES)
-    scheme = SCHEMES[names[(len(past) + len(rule)) % len(names)]]
-    check(cache_texts(LENGTHS, scheme, PASTS[past], window=RULES[rule].window, seed=2), MIX, RULES[rule])
+@pytest.mark.parametrize(
+    ("name", "past", "window"),
+    [("4 bits", "window", None), ("keys along tokens, 3 bits", "token, sinks", 50)],
+)
+def test_a_row_does_not_depend_on_cut_batch_or_division(name, past, window, monkeypatch):
+    rule = ScoreRule(scale=0.5, window=window, slopes_N=SLOPES[:2], sinks_N=SINKS[:2])
+    sizes = {"num_heads": 2, "num_kv_heads": 1, "dtype": torch.float16}
+    texts = cache_texts((20, 90), SCHEMES[name], PASTS[past], window=window, **sizes)
+
+    def rows(parts: Sequence[Part], *, split: bool) -> torch.Tensor:
+        monkeypatch.setattr(triton_attention, "TARGET_PROGRAMS", 1024 if split else 0)
+        return attend(stored(texts.step(parts)), rule)
+
+    whole = rows([(1, 0, 90)], split=False)
+    for begin, end, split in ((89, 90, True), (63, 66, False), (72, 90, True)):
+        assert torch.equal(rows([(1, begin, end)], split=split), whole[begin:end])
+        batched = rows([(0, 17, 20), (1, begin, end)], split=True)
+        assert torch.equal(batched[3:], whole[begin:end])
+
+
+def test_a_token_alone_gives_back_its_value():
+    for past in ("token", "chunk", "window"):
+        texts = cache_texts((1,), SCHEMES["2 bits"], PASTS[past])
+        output = attend(stored(texts.step([(0, 0, 1)])), RULES["plain"])
+        assert torch.equal(output[:, ::2], texts.value_LKD[0])
+
+
+def test_codes_of_keys_that_are_read_exactly_change_nothing():
+    texts = cache_texts((40,), SCHEMES["4 bits"], PASTS["token, sinks"])
+    step = stored(texts.step([(0, 39, 40)]))
+    expected = attend(step, RULES["plain"])
+    damaged = step.copy()
+    layout, page = texts.layout, damaged.storage.pages_ZB[texts.tables[0][2]]
+    # The last token is the eighth of its page, in full precision; so are the first 16, a whole page.
+    for head in range(layout.num_kv_heads):
+        row = head * layout.head_bytes + 7 * layout.key_row_bytes
+        page[row : row + layout.key_row_bytes] = 0xA5
+    damaged.storage.pages_ZB[texts.tables[0][0]] = 0xA5
+    assert torch.equal(attend(damaged, RULES["plain"]), expected)
+    damaged.storage.pages_ZB[texts.tables[0][1]] ^= 0x11
+    assert not torch.equal(attend(damaged, RULES["plain"]), expected)
+
+
+def test_padded_rows_and_unused_entries_change_nothing():
+    """A graph's step has more sequences than there are, with no tokens or in page 0, and longer contexts."""
+    texts, rule = cache_texts((17, 40), SCHEMES["halves"], PASTS["chunk, sinks and recent"]), RULES["plain"]
+    step = stored(texts.step([(0, 16, 17), (1, 39, 40)]))
+    expected = attend(step, rule)
+
+    def padded(batch: PagedBatch) -> PagedBatch:
+        table_RP = torch.zeros(4, batch.page_table_RP.shape[1], dtype=torch.int32)
+        table_RP[:2] = batch.page_table_RP
+        return replace(
+            batch,
+            page_table_RP=table_RP,
+            query_start_R1=torch.tensor([0, 1, 2, 2, 3], dtype=torch.int32),
+            context_R=torch.tensor([*batch.context_R.tolist(), 0, 1], dtype=torch.int32),
+            slot_T=torch.cat([batch.slot_T, torch.zeros(1, dtype=torch.int64)]),
+            max_context=900,
+        )
+
+    more = {
+        name: torch.cat([getattr(step, name), torch.zeros_like(getattr(step, name)[:1])])
+        for name in ("query_TND", "key_TKD", "value_TKD")
+    }
+    batch = replace(
+        step.batch,
+        pages=padded(step.batch.pages),
+        exact=padded(step.batch.exact),
+        first_exact_T=torch.cat([step.batch.first_exact_T, torch.zeros(1, dtype=torch.int32)]),
+    )
+    larger = replace(step, batch=batch, **more).copy(DEVICE)
+    triton_quantized_attention.store(*larger.arguments[1:])
+    assert torch.equal(larger.storage.pages_ZB[1:].cpu(), step.storage.pages_ZB[1:])
+    assert torch.equal(attend(larger, rule)[:2], expected)
+
+
+def test_an_empty_step():
+    step = cache_texts((4,), SCHEMES["4 bits"], PASTS["token"]).step([])
+    triton_quantized_attention.store(*step.copy(DEVICE).arguments[1:])
+    assert attend(step, RULES["plain"]).shape == (0, 4, 16)
 
 
 def both_stored(step: CacheStep) -> tuple[CacheStep, CacheStep]:
@@ -172,30 +304,40 @@ def test_ranges_are_chosen_as_torch_does():
     """A sum may differ in its last place, and with it which of two ranges loses least."""
     side, tokens = SideScheme(bits=3, group_size=16), SideScheme(bits=2, group_size=16, axis="token")
     for scheme in (LayerScheme(keys=side, values=side), LayerScheme(keys=tokens, values=side)):
-        texts = cache_texts((170,), scheme, PASTS["window and recent"], head_dim=32, seed=6)
-        step = texts.step([(0, 3, 170)])
+        texts = cache_texts((50,), scheme, PASTS["window and recent"], head_dim=32, seed=6)
+        step = texts.step([(0, 3, 50)])
         ranges = torch.tensor([[1.0, 1.0], [0.9, 0.9], [0.8, 1.0], [0.7, 0.6]])
-        codecs = {
-            name: replace(getattr(step.storage, name), ranges_C2=ranges) for name in ("key_codec", "value_codec")
-        }
+        codecs = {name: replace(getattr(step.storage, name), ranges_C2=ranges) for name in ("key_codec", "value_codec")}
         expected, found = both_stored(replace(step, storage=replace(step.storage, **codecs)))
         for name in SIDES:
             differs = (decoded(found, name) != decoded(expected, name)).float().mean()
             assert differs <= 0.005
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (2, 16), (3, 32), (8, 32)])
-def test_fitted_codes_lose_no_more_than_those_of_torch(bits, group_size):
+@pytest.mark.parametrize(("bits", "head_dim", "group_size"), [(4, 16, 16), (2, 32, 16), (3, 24, 24)])
+def test_fitted_codes_lose_no_more_than_those_of_torch(bits, head_dim, group_size, monkeypatch):
+    monkeypatch.setattr(triton_store_codes, "FITTED_TOGETHER", 64)
     side = SideScheme(bits=bits, group_size=group_size)
-    texts = cache_texts(
-        (60,), LayerScheme(keys=side, values=side), PASTS["off"], head_dim=32, is_fitted=True, fill=0, seed=7
-    )
-    expected, found = both_stored(texts.step([(0, 0, 60)]))
+    scheme, sizes = LayerScheme(keys=side, values=side), {"num_kv_heads": 1, "head_dim": head_dim}
+    texts = cache_texts((64,), scheme, PASTS["off"], is_fitted=True, seed=7, **sizes)
+    expected, found = both_stored(texts.step([(0, 0, 64)]))
     for name in SIDES:
-        codes = [unpack(code_plane(each.storage.pages_ZB, texts.layout, name), bits, 32) for each in (found, expected)]
+        codes = [
+            unpack(code_plane(each.storage.pages_ZB, texts.layout, name), bits, head_dim) for each in (found, expected)
+        ]
         assert (codes[0] != codes[1]).float().mean() <= 0.01
         losses = [fitted_loss(each, texts, name) for each in (found, expected)]
         assert losses[0] <= 1.001 * losses[1]
+
+
+def test_fitted_codes_of_a_token_do_not_depend_on_the_others():
+    side = SideScheme(bits=4, group_size=8)
+    scheme, sizes = LayerScheme(keys=side, values=side), {"num_kv_heads": 1, "head_dim": 8}
+    texts = cache_texts((2,), scheme, PASTS["off"], is_fitted=True, **sizes)
+    together, alone = both_stored(texts.step([(0, 0, 2)]))[1], both_stored(texts.step([(0, 1, 2)]))[1]
+    for name in SIDES:
+        slot = int(alone.batch.pages.slot_T[0])
+        assert torch.equal(decoded(alone, name)[slot], decoded(together, name)[slot])
 
 
 def fitted_loss(step: CacheStep, texts: CacheTexts, side: Side) -> float:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.kv_cache import PASTS, CacheStep, CacheTexts, cache_texts, layer_schemes
 from support.native_paths import native_paths
-from support.paged import Part, PagedTexts, dense_attention
+from support.paged import PagedTexts, Part, dense_attention
 
 from optgptq.kernels import quantized_attention as plain
 from optgptq.kernels.paged_attention import ScoreRule
@@ -209,7 +209,10 @@ def test_entries_of_tables_that_nothing_sees_are_not_read(path: str) -> None:
     tables = [batch.page_table_RP.clone() for batch in (step.batch.pages, step.batch.exact)]
     for table_RP in tables:
         table_RP[table_RP == 0] = 2**30
-    pages, exact = replace(step.batch.pages, page_table_RP=tables[0]), replace(step.batch.exact, page_table_RP=tables[1])
+    pages, exact = (
+        replace(step.batch.pages, page_table_RP=tables[0]),
+        replace(step.batch.exact, page_table_RP=tables[1]),
+    )
     changed = replace(step, batch=replace(step.batch, pages=pages, exact=exact))
     assert torch.equal(result(changed, rule, path), expected)
 

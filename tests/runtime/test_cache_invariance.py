@@ -27,8 +27,9 @@ from optgptq.models.registry import model_spec
 from optgptq.runtime import start
 from optgptq.scheduling.sampling_params import SamplingParams
 
+NEW = 6
 SHARED = random_tokens(1, 37, seed=7)[0].tolist()
-PROMPTS = (*prompts_of(3, 58), SHARED, [*SHARED, *random_tokens(1, 14, seed=2)[0].tolist()], [*SHARED[:17], 4, 5])
+PROMPTS = (*prompts_of(3), SHARED, [*SHARED, *random_tokens(1, 8, seed=2)[0].tolist()], [*SHARED[:17], 4, 5])
 PASTS = {
     "off": PastRule(mode="off"),
     "token": PastRule(mode="token", sink_tokens=18),
@@ -39,7 +40,6 @@ CASES = [
     ("llama-grouped_query", "off", ["4"], "chosen"),
     ("llama-grouped_query", "window", ["t16", "K3V16"], "torch"),
     ("gemma3text-local_global", "token", ["4", "K16V2"], "chosen"),
-    ("gemma3text-local_global", "window", ["16", "4/2"], "torch"),
     ("bloom-six_heads", "recent", ["8", "4"], "torch"),
 ]
 
@@ -66,7 +66,7 @@ class Case:
         return cached_engine(self.folder, self.setup, **{"deterministic": True, **changes})
 
     def run(self, numbers: list[int], **changes):
-        return outcomes(self.engine(**changes), [PROMPTS[number] for number in numbers], num_new=9)
+        return outcomes(self.engine(**changes), [PROMPTS[number] for number in numbers], num_new=NEW)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda values: "-".join([*values[:2], *values[2], values[3]]))
@@ -78,7 +78,7 @@ def case(request: pytest.FixtureRequest, models):
         yield Case(models(name), PASTS[mode], kinds)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     numbers=st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=5),
     max_step_tokens=st.integers(4, 70),
@@ -93,12 +93,13 @@ def test_bits_are_the_same_in_any_company(case, numbers, max_step_tokens, prefix
 
 
 def test_texts_that_push_each_other_out(case) -> None:
-    plan = case.engine(max_running=1, max_step_tokens=7).runner.attend.pool.plan
-    tight = {"max_step_tokens": 7, "kv_cache_bytes": plan.num_bytes, "watermark_ratio": 0.0}
-    engine = case.engine(**tight)
-    assert outcomes(engine, [PROMPTS[number] for number in (2, 3, 1, 0)], num_new=9) == [
-        case.alone[number] for number in (2, 3, 1, 0)
-    ]
+    """Memory for one text of 48 tokens: two begin in a page each, and grow."""
+    prompts = prompts_of(14, 15)
+    sizes = {"max_length": 48, "max_step_tokens": 20, "prefix_cache": False}
+    expected = [outcomes(case.engine(**sizes), [prompt], num_new=20)[0] for prompt in prompts]
+    room = case.engine(max_running=1, **sizes).runner.attend.pool.plan.num_bytes
+    engine = case.engine(kv_cache_bytes=room, watermark_ratio=0.0, **sizes)
+    assert outcomes(engine, prompts, num_new=20) == expected
     usage = engine.usage()
     assert usage.num_preemptions > 0
     assert usage.allocated_slots == 0
@@ -106,11 +107,11 @@ def test_texts_that_push_each_other_out(case) -> None:
 
 def test_a_prefix_that_is_found_gives_the_bits_of_a_cold_run(case) -> None:
     engine = case.engine()
-    assert outcomes(engine, [PROMPTS[2]], num_new=9) == [case.alone[2]]
+    assert outcomes(engine, [PROMPTS[1]], num_new=NEW) == [case.alone[1]]
     before = engine.usage().prefix_hit_tokens
-    assert outcomes(engine, [PROMPTS[3]], num_new=9) == [case.alone[3]]
+    assert outcomes(engine, [PROMPTS[2]], num_new=NEW) == [case.alone[2]]
     assert engine.usage().prefix_hit_tokens - before == 32
-    assert outcomes(engine, [PROMPTS[4]], num_new=9) == [case.alone[4]]
+    assert outcomes(engine, [PROMPTS[3]], num_new=NEW) == [case.alone[3]]
     assert engine.usage().prefix_hit_tokens - before == 48
 
 
@@ -118,17 +119,17 @@ def test_several_texts_of_a_prompt_are_each_what_they_are_alone(case) -> None:
     """Their last page is shared when it is partly filled: each copies it before it writes, codes and exact numbers."""
     several = {"n": 3, "temperature": 1.5, "seed": 5}
     (found, expected) = (
-        outcomes(case.engine(max_step_tokens=size, max_running=4), [PROMPTS[2]], num_new=20, **several)
-        for size in (64, 11)
+        outcomes(case.engine(max_step_tokens=size), [SHARED], num_new=13, **several) for size in (64, 11)
     )
     assert found == expected
     texts = [tokens for tokens, _ in found]
     assert len({tuple(tokens) for tokens in texts}) == 3
     # Each text again as a prompt: what it stores of the others' shared page is its own.
+    engine = case.engine()
     for tokens, logprobs in found:
-        prompt = [*PROMPTS[2], *tokens[:11]]
-        (again,) = outcomes(case.engine(), [prompt], num_new=1)
-        assert again[1][0].items() <= dict(logprobs[11]).items() or again[1][0] == logprobs[11]
+        prompt = [*SHARED, *tokens[:11]]
+        ((_, again),) = outcomes(engine, [prompt], num_new=1)
+        assert all(again[0].get(token, value) == value for token, value in logprobs[11].items())
 
 
 def test_a_prefix_is_valid_in_chunk_mode(models) -> None:
@@ -137,7 +138,7 @@ def test_a_prefix_is_valid_in_chunk_mode(models) -> None:
     setup = random_setup(spec, ["8"], PastRule(mode="chunk"))
     engine = cached_engine(folder, setup, max_step_tokens=70)
     outcomes(engine, [SHARED])
-    prompt = list(PROMPTS[3])
+    prompt = list(PROMPTS[2])
     (outcome,) = outcomes(engine, [prompt])
     assert engine.usage().prefix_hit_tokens == 32
     text = prompt + outcome[0][:-1]

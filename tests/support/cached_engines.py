@@ -102,7 +102,7 @@ def _side(spec: DecoderSpec, generator: torch.Generator, *, fitted: bool, shifts
     return SideParameters(
         shift_KD=0.3 * torch.randn(heads, size, generator=generator) if shifts else None,
         scale_KD=scale_KD,
-        rotation_KDD=torch.linalg.qr(factor_KDD)[0],
+        rotation_KDD=torch.linalg.qr(factor_KDD)[0].contiguous(),
         metric_KDD=factor_KDD @ factor_KDD.mT + size * torch.eye(size) if fitted else None,
         ranges_C2=torch.tensor([[1.0, 1.0], [0.9, 0.95]]),
     )

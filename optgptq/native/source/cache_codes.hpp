@@ -59,12 +59,11 @@ constexpr std::int64_t kTurnedBlocks = 4;
 OPTGPTQ_INLINE Wide low_bytes(Wide a, Wide b) { return _mm512_unpacklo_epi8(a, b); }
 OPTGPTQ_INLINE Wide high_bytes(Wide a, Wide b) { return _mm512_unpackhi_epi8(a, b); }
 OPTGPTQ_INLINE void save(std::uint8_t* to, Wide a) { _mm512_storeu_si512(to, a); }
-OPTGPTQ_INLINE Wide lines(const std::uint8_t* const* rows, std::int64_t offset) {
-  const auto line = [&](int block) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[block] + offset)); };
-  Wide all = _mm512_broadcast_i32x4(line(0));
-  all = _mm512_mask_broadcast_i32x4(all, 0x00f0, line(1));
-  all = _mm512_mask_broadcast_i32x4(all, 0x0f00, line(2));
-  return _mm512_mask_broadcast_i32x4(all, 0xf000, line(3));
+OPTGPTQ_INLINE Wide lines(const std::uint8_t* const* rows) {
+  const auto line = [&](int block) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[block])); };
+  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(line(0)), line(1), 1);
+  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(line(2)), line(3), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 #elif OPTGPTQ_VECTOR_BYTES == 32
 typedef __m256i Wide;
@@ -72,17 +71,20 @@ constexpr std::int64_t kTurnedBlocks = 2;
 OPTGPTQ_INLINE Wide low_bytes(Wide a, Wide b) { return _mm256_unpacklo_epi8(a, b); }
 OPTGPTQ_INLINE Wide high_bytes(Wide a, Wide b) { return _mm256_unpackhi_epi8(a, b); }
 OPTGPTQ_INLINE void save(std::uint8_t* to, Wide a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a); }
-OPTGPTQ_INLINE Wide lines(const std::uint8_t* const* rows, std::int64_t offset) {
-  const auto line = [&](int block) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[block] + offset)); };
+OPTGPTQ_INLINE Wide lines(const std::uint8_t* const* rows) {
+  const auto line = [&](int block) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[block])); };
   return _mm256_inserti128_si256(_mm256_castsi128_si256(line(0)), line(1), 1);
 }
 #endif
 
 #if OPTGPTQ_VECTOR_BYTES > 16
 // Sixteen bytes of each key: four rounds of pairing registers turn the 16 x 16 bytes of each block.
-OPTGPTQ_INLINE void turn_lines(const std::uint8_t* const* rows, std::int64_t row_bytes, std::uint8_t* to) {
+OPTGPTQ_INLINE void turn_lines(const std::uint8_t** rows, std::int64_t row_bytes, std::uint8_t* to) {
   Wide line[16], next[16];
-  for (int key = 0; key < 16; ++key) line[key] = lines(rows, key * row_bytes);
+  for (int key = 0; key < 16; ++key) {
+    line[key] = lines(rows);
+    for (int block = 0; block < kTurnedBlocks; ++block) rows[block] += row_bytes;
+  }
   for (int round = 0; round < 4; ++round) {
     for (int pair = 0; pair < 8; ++pair) {
       next[2 * pair] = low_bytes(line[pair], line[pair + 8]);

@@ -37,7 +37,7 @@ inline void find_keys(
   if (is_whole(side, head_dim)) {
     tile.key_scale = space.parameters;
     tile.key_minimum = minimum;
-    if (few_rows && side.bits != 3) {
+    if (few_rows) {
       tile.key_codes = space.turned;
       return;
     }
@@ -57,10 +57,11 @@ inline void find_values(
   if (is_whole(side, head_dim)) {
     tile.value_scale = scale;
     tile.value_minimum = minimum;
-    if (few_rows && side.bits != 3 && head_dim % (kLanes * planes_of(side.bits)) == 0) {
+    if (few_rows && has_fused_values(side.bits, head_dim)) {
       rows_of(side, blocks, tile.value_codes.blocks);
       tile.value_codes.row_bytes = side.row_bytes;
       tile.value_codes.head_dim = head_dim;
+      tile.value_codes.shifts = space.shifts;
       return;
     }
   }

@@ -18,6 +18,7 @@ OPTGPTQ_INLINE void score_code_vectors(
   constexpr int planes = static_cast<int>(planes_of(kBits));
   FloatVector sum[M][J] = {};
   for (std::int64_t byte = 0; byte < head_dim / planes; ++byte) {
+#pragma GCC unroll 8
     for (int plane = 0; plane < planes; ++plane) {
       FloatVector code[J];
       for (int j = 0; j < J; ++j) {
@@ -49,7 +50,33 @@ __attribute__((noinline)) void score_codes(
 struct ValueRows {
   const std::uint8_t* blocks[kBlocks];
   std::int64_t row_bytes, head_dim;
+  const std::int32_t* shifts;  // of each channel's code in its byte; behind them those of third bits
 };
+
+inline std::int64_t lower_part(std::int64_t bits, std::int64_t head_dim) {
+  return head_dim / (bits == 3 ? 4 : planes_of(bits));
+}
+
+// Whether a vector of channels is whole vectors of bytes, or the same few bytes over and over.
+inline bool fits_vectors(std::int64_t part) { return part % kLanes == 0 || (kLanes % part == 0 && part >= 4); }
+
+inline bool has_fused_values(std::int64_t bits, std::int64_t head_dim) {
+  const bool lower = head_dim % kLanes == 0 && fits_vectors(lower_part(bits, head_dim));
+  return lower && (bits != 3 || fits_vectors(head_dim / 8));
+}
+
+inline void set_shifts(std::int64_t bits, std::int64_t head_dim, std::int32_t* shifts) {
+  const std::int64_t part = lower_part(bits, head_dim);
+  for (std::int64_t first = 0, shift = 0; first < head_dim; first += part, shift += bits == 3 ? 2 : bits) {
+    for (std::int64_t index = 0; index < part; ++index) shifts[first + index] = static_cast<std::int32_t>(shift);
+  }
+  if (bits != 3) return;
+  for (std::int64_t first = 0, shift = 0; first < head_dim; first += head_dim / 8, ++shift) {
+    for (std::int64_t index = 0; index < head_dim / 8; ++index) {
+      shifts[head_dim + first + index] = static_cast<std::int32_t>(shift);
+    }
+  }
+}
 
 // Add keys `begin .. end - 1` by their weights to the features of `F` vectors of bytes from `byte` on.
 template <int kBits, int M, int F>
@@ -101,13 +128,96 @@ OPTGPTQ_INLINE void add_code_blocks(
   if constexpr (F > 1) add_code_blocks<kBits, M, F / 2>(output, weights, rows, begin, end, byte);
 }
 
-// Add the codes of keys `begin .. end - 1` to `M` rows; vectors divide each part of the channels.
+// The bytes of the channels of one vector, of which `part` lie side by side.
+OPTGPTQ_INLINE IntVector repeated_bytes(const std::uint8_t* from, std::int64_t part) {
+#if OPTGPTQ_VECTOR_BYTES == 64
+  if (part == 8) {
+    std::int64_t bytes;
+    __builtin_memcpy(&bytes, from, sizeof bytes);
+    return (IntVector)_mm512_cvtepu8_epi32(_mm_set1_epi64x(bytes));
+  }
+#endif
+#if OPTGPTQ_VECTOR_BYTES > 16
+  if (part == 4) {
+    std::int32_t bytes;
+    __builtin_memcpy(&bytes, from, sizeof bytes);
+    const __m128i repeated = _mm_set1_epi32(bytes);
+#if OPTGPTQ_VECTOR_BYTES == 64
+    return (IntVector)_mm512_cvtepu8_epi32(repeated);
+#else
+    return (IntVector)_mm256_cvtepu8_epi32(repeated);
+#endif
+  }
+#endif
+  (void)part;
+  return load_bytes(from);
+}
+
+inline std::int64_t place_in_part(std::int64_t channel, std::int64_t part) {
+  if (part < kLanes) return 0;
+  while (channel >= part) channel -= part;
+  return channel;
+}
+
+// Like `add_code_vectors`, for `F` vectors of channels from `channel` on, each shifted by its own number of bits.
+template <int kBits, int M, int F>
+OPTGPTQ_INLINE void add_shifted_vectors(
+    float* const* output, const float* weights, const ValueRows& rows, std::int64_t begin, std::int64_t end,
+    std::int64_t channel) {
+  const std::int64_t part = lower_part(kBits, rows.head_dim), upper_part = rows.head_dim / 8;
+  FloatVector sum[M][F];
+  IntVector shift[F], upper_shift[F];
+  std::int64_t place[F], upper_place[F];
+  for (int f = 0; f < F; ++f) {
+    const std::int64_t first = channel + f * kLanes;
+    for (int m = 0; m < M; ++m) sum[m][f] = load_numbers(output[m] + first);
+    __builtin_memcpy(shift + f, rows.shifts + first, sizeof(IntVector));
+    place[f] = place_in_part(first, part);
+    if constexpr (kBits == 3) {
+      __builtin_memcpy(upper_shift + f, rows.shifts + rows.head_dim + first, sizeof(IntVector));
+      upper_place[f] = third_bits(rows.head_dim) + place_in_part(first, upper_part);
+    }
+  }
+  for (std::int64_t key = begin; key < end; ++key) {
+    const std::uint8_t* row = rows.blocks[key / kBlockKeys] + key % kBlockKeys * rows.row_bytes;
+    for (int f = 0; f < F; ++f) {
+      IntVector code = (repeated_bytes(row + place[f], part) >> shift[f]) & (kBits == 3 ? 3 : (1 << kBits) - 1);
+      if constexpr (kBits == 3) {
+        code |= ((repeated_bytes(row + upper_place[f], upper_part) >> upper_shift[f]) & 1) << 2;
+      }
+      const FloatVector number = as_floats(code);
+      for (int m = 0; m < M; ++m) sum[m][f] = multiply_add(every(weights[m * kKeys + key]), number, sum[m][f]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int f = 0; f < F; ++f) __builtin_memcpy(output[m] + channel + f * kLanes, &sum[m][f], sizeof(FloatVector));
+  }
+}
+
+template <int kBits, int M, int F>
+OPTGPTQ_INLINE void add_shifted_blocks(
+    float* const* output, const float* weights, const ValueRows& rows, std::int64_t begin, std::int64_t end,
+    std::int64_t channel) {
+  for (; channel + F * kLanes <= rows.head_dim; channel += F * kLanes) {
+    add_shifted_vectors<kBits, M, F>(output, weights, rows, begin, end, channel);
+  }
+  if constexpr (F > 1) add_shifted_blocks<kBits, M, F / 2>(output, weights, rows, begin, end, channel);
+}
+
+// Add the codes of keys `begin .. end - 1` to `M` rows, where `has_fused_values`.
 template <int kBits, int M>
 __attribute__((noinline)) void add_codes(
     float* const* output, const float* weights, const ValueRows& rows, std::int64_t begin, std::int64_t end) {
-  constexpr int sums = kSums / M / static_cast<int>(planes_of(kBits));
-  constexpr int most = sums < 1 ? 1 : sums < 4 ? sums : 4;
-  if (begin < end) add_code_blocks<kBits, M, most>(output, weights, rows, begin, end, 0);
+  if (begin >= end) return;
+  if constexpr (kBits != 3) {
+    constexpr int sums = kSums / M / static_cast<int>(planes_of(kBits));
+    constexpr int most = sums < 1 ? 1 : sums < 4 ? sums : 4;
+    if (lower_part(kBits, rows.head_dim) % kLanes == 0) {
+      return add_code_blocks<kBits, M, most>(output, weights, rows, begin, end, 0);
+    }
+  }
+  constexpr int most = kSums / M < 4 ? kSums / M : 4;
+  add_shifted_blocks<kBits, M, most>(output, weights, rows, begin, end, 0);
 }
 
 }  // namespace

@@ -89,6 +89,7 @@ void score_tile(
   switch (side.bits) {
     case 8: return score_codes<8, M>(query, tile.key_codes, head_dim, begin, end, scores);
     case 4: return score_codes<4, M>(query, tile.key_codes, head_dim, begin, end, scores);
+    case 3: return score_codes<3, M>(query, tile.key_codes, head_dim, begin, end, scores);
     default: return score_codes<2, M>(query, tile.key_codes, head_dim, begin, end, scores);
   }
 }
@@ -102,6 +103,7 @@ void add_tile(
   switch (side.bits) {
     case 8: return add_codes<8, M>(output, weights, rows, begin, end);
     case 4: return add_codes<4, M>(output, weights, rows, begin, end);
+    case 3: return add_codes<3, M>(output, weights, rows, begin, end);
     default: return add_codes<2, M>(output, weights, rows, begin, end);
   }
 }

@@ -26,6 +26,7 @@ struct TileSpace {
   float* keys;         // [D, 64]
   float* values;       // [64, D] and a vector
   float* parameters;   // scales, then minimums, of keys and of values
+  std::int32_t* shifts;
   std::uint8_t* turned;
 };
 
@@ -47,7 +48,7 @@ inline std::int64_t num_parameters(const CacheSide& side, std::int64_t head_dim)
 inline std::int64_t space_bytes(const CachePages& pages) {
   const std::int64_t head_dim = pages.exact.head_dim;
   const std::int64_t keys = num_parameters(pages.keys, head_dim), values = num_parameters(pages.values, head_dim);
-  const std::int64_t numbers = 2 * kKeys * padded_dim(head_dim) + kLanes + 2 * (keys + values);
+  const std::int64_t numbers = 2 * kKeys * padded_dim(head_dim) + kLanes + 2 * (keys + values + head_dim);
   return (numbers * 4 + 63) / 64 * 64 + turned_bytes(pages.keys.row_bytes) * kKeys;
 }
 
@@ -56,8 +57,10 @@ inline TileSpace lay_out(const CachePages& pages, void* memory) {
   TileSpace space;
   space.keys = static_cast<float*>(memory);
   space.values = space.keys + numbers;
-  space.parameters = space.values + numbers + kLanes;
+  space.shifts = reinterpret_cast<std::int32_t*>(space.values + numbers + kLanes);
+  space.parameters = space.values + numbers + kLanes + 2 * head_dim;
   space.turned = static_cast<std::uint8_t*>(memory) + space_bytes(pages) - turned_bytes(pages.keys.row_bytes) * kKeys;
+  if (pages.values.bits != kExactBits) set_shifts(pages.values.bits, head_dim, space.shifts);
   return space;
 }
 
@@ -101,14 +104,24 @@ inline void rows_of(const CacheSide& side, const Blocks& blocks, const std::uint
 
 // Pairs of scale and minimum, as many as a vector has lanes.
 OPTGPTQ_INLINE void split_pairs(const std::uint8_t* pairs, float* scale, float* minimum) {
-  IntVector pair;
-  __builtin_memcpy(&pair, pairs, sizeof pair);
-  const ShortVector low = __builtin_convertvector(pair & 0xffff, ShortVector);
-  const ShortVector high = __builtin_convertvector((pair >> 16) & 0xffff, ShortVector);
-  const FloatVector scales = load_numbers(reinterpret_cast<const Half*>(&low));
-  const FloatVector minimums = load_numbers(reinterpret_cast<const Half*>(&high));
+#if OPTGPTQ_VECTOR_BYTES == 64
+  const auto* halves = reinterpret_cast<const Half*>(pairs);
+  const __m512 low = (__m512)load_numbers(halves), high = (__m512)load_numbers(halves + kLanes);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  _mm512_storeu_ps(scale, _mm512_permutex2var_ps(low, even, high));
+  _mm512_storeu_ps(minimum, _mm512_permutex2var_ps(low, odd, high));
+#else
+  std::uint16_t low[kLanes], high[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    __builtin_memcpy(low + lane, pairs + 4 * lane, 2);
+    __builtin_memcpy(high + lane, pairs + 4 * lane + 2, 2);
+  }
+  const FloatVector scales = load_numbers(reinterpret_cast<const Half*>(low));
+  const FloatVector minimums = load_numbers(reinterpret_cast<const Half*>(high));
   __builtin_memcpy(scale, &scales, sizeof scales);
   __builtin_memcpy(minimum, &minimums, sizeof minimums);
+#endif
 }
 
 // Scales and minimums `[groups, 64]` of groups along channels.
@@ -165,17 +178,19 @@ void unpack_keys(const CacheSide& side, std::int64_t head_dim, const TilePlace& 
   constexpr int planes = static_cast<int>(planes_of(kBits));
   const bool whole = is_whole(side, head_dim);
   const std::int64_t part = head_dim / planes;
-  const float* minimums = space.parameters + num_parameters(side, head_dim);
+  const std::int64_t to_minimums = num_parameters(side, head_dim);
   for (std::int64_t key = place.begin / kLanes * kLanes; key < place.end; key += kLanes) {
-    float* to = space.keys + key;
-    for (std::int64_t byte = 0; byte < part; ++byte) {
-      for (int plane = 0; plane < planes; ++plane, to += kKeys) {
+    const float* scale = space.parameters + key;
+    std::int64_t left = side.group_size;
+    for (int plane = 0; plane < planes; ++plane) {
+      float* to = space.keys + key + plane * kKeys;
+      for (std::int64_t byte = 0; byte < part; ++byte, to += planes * kKeys) {
         FloatVector number = as_floats(codes_at<kBits>(space.turned + key, head_dim, byte, plane, kKeys));
-        if (!whole) {
-          const std::int64_t at = (plane * part + byte) / side.group_size * kKeys + key;
-          number = multiply_add(number, load_numbers(space.parameters + at), load_numbers(minimums + at));
-        }
+        if (!whole) number = multiply_add(number, load_numbers(scale), load_numbers(scale + to_minimums));
         __builtin_memcpy(to, &number, sizeof number);
+        if (--left > 0) continue;
+        left = side.group_size;
+        scale += kKeys;
       }
     }
   }
@@ -236,6 +251,7 @@ void unpack_values(
     const CacheSide& side, std::int64_t head_dim, const TilePlace& place, const Blocks& blocks, const TileSpace& space,
     float* scale) {
   float* minimum = scale + num_parameters(side, head_dim);
+  const std::int64_t num_groups = side.along_tokens != 0 ? 1 : head_dim / side.group_size;
   const std::uint8_t* rows[kBlocks];
   rows_of(side, blocks, rows);
   std::int64_t stop = place.begin;
@@ -253,8 +269,8 @@ void unpack_values(
             multiply_add(number, load_numbers(scale + channel), load_numbers(minimum + channel));
         __builtin_memcpy(to + channel, &value, sizeof value);
       }
-    } else if (side.group_size < head_dim) {
-      for (std::int64_t group = 0; group < head_dim / side.group_size; ++group) {
+    } else if (num_groups > 1) {
+      for (std::int64_t group = 0; group < num_groups; ++group) {
         const std::int64_t at = group * kKeys + key;
         apply_pairs(to + group * side.group_size, side.group_size, every(scale[at]), every(minimum[at]));
       }
