@@ -156,7 +156,10 @@ def mixed_attention(
     layer_index: int,
     past: PastRule,
 ) -> torch.Tensor:
-    """Return attention `[B, N, S, D]` over keys and values `[B, K, S, D]` that are there twice."""
+    """Return attention `[B, N, S, D]` over keys and values `[B, K, S, D]` that are there twice.
+
+    A side that is exact is the same tensor in both.
+    """
     batch, num_heads, length, head_dim = query_BNSD.shape
     num_kv_heads = exact[0].shape[1]
     query = query_BNSD.reshape(batch, num_kv_heads, num_heads // num_kv_heads, length, head_dim)
@@ -165,15 +168,17 @@ def mixed_attention(
     for begin in range(0, length, _QUERY_CHUNK):
         end = min(begin + _QUERY_CHUNK, length)
         chosen_ST = is_exact_ST[begin:end, :end]
-        exact_scores, coded_scores = (
-            torch.matmul(query[..., begin:end, :], key[:, :, None, :end].transpose(-1, -2))
-            for key in (exact[0], coded[0])
-        )
-        scores = torch.where(chosen_ST, exact_scores, coded_scores)
+        scores = torch.matmul(query[..., begin:end, :], coded[0][:, :, None, :end].transpose(-1, -2))
+        if coded[0] is not exact[0]:
+            exact_scores = torch.matmul(query[..., begin:end, :], exact[0][:, :, None, :end].transpose(-1, -2))
+            scores = torch.where(chosen_ST, exact_scores, scores)
         position_S = torch.arange(begin, end, device=query.device)
         weights = score_weights(scores, position_S, spec=spec, layer_index=layer_index).to(query.dtype)
-        output = torch.matmul(weights * chosen_ST, exact[1][:, :, None, :end])
-        output = output + torch.matmul(weights * ~chosen_ST, coded[1][:, :, None, :end])
+        if coded[1] is exact[1]:
+            output = torch.matmul(weights, exact[1][:, :, None, :end])
+        else:
+            output = torch.matmul(weights * chosen_ST, exact[1][:, :, None, :end])
+            output = output + torch.matmul(weights * ~chosen_ST, coded[1][:, :, None, :end])
         outputs.append(output.flatten(1, 2))
     return torch.cat(outputs, dim=2)
 

@@ -63,8 +63,10 @@ def engine_settings(values: Mapping[str, Any]) -> EngineSettings:
         UsageError: a value of the wrong type, or out of range.
     """
     hints = get_type_hints(EngineSettings)
-    # YAML takes bits for a number.
+    # YAML takes bits for a number, and the mode `off` for false.
     values = {name: str(value) if hints[name] is str and _is(value, int) else value for name, value in values.items()}
+    if values.get("past_only") is False:
+        values["past_only"] = "off"
     for name, value in values.items():
         kinds = _kinds(hints[name])
         if not any(_is(value, kind) for kind in kinds):

@@ -49,23 +49,8 @@ def start_runner(
     """
     spec, device = decoder.spec, decoder.device
     _require_positions(spec, settings.max_length)
-    running = settings.running(device.type)
-    step_tokens = settings.step_tokens(device.type)
     cache = plan_cache(setup, spec, settings, number_bytes=decoder.dtype.itemsize)
-    page = {"page_size": settings.page_size, "number_bytes": decoder.dtype.itemsize}
-    plan = plan_memory(
-        spec,
-        page_size=settings.page_size,
-        layer_page_bytes=layer_page_bytes(spec, cache, **page),
-        budget_bytes=cache_budget(decoder, settings, step_tokens),
-        max_length=settings.max_length,
-        max_running=running,
-        max_step_tokens=step_tokens,
-        exact=exact_pages(spec, cache, **page),
-    )
-    if cache is not None:
-        _log_cache(cache, spec, page)
-    _log_plan(plan, spec, wanted=settings.max_length)
+    plan = _plan(decoder, settings, cache)
     attention = choose_attention(device, decoder.dtype, spec.head_dim)
     codes = None if cache is None else _choose_codes(cache, decoder)
     kernels = _kernels_in_use(attention, codes, cache)
@@ -85,7 +70,35 @@ def start_runner(
         deterministic=settings.deterministic,
         capture=DeviceRecorder() if _records(settings, device, kernels) else None,
     )
-    return runner, scheduler_settings(plan, spec, settings, step_tokens=step_tokens, max_running=running)
+    return runner, scheduler_settings(
+        plan,
+        spec,
+        settings,
+        step_tokens=settings.step_tokens(device.type),
+        max_running=settings.running(device.type),
+        forgets_window=cache is not None and cache.past.depends_on_steps,
+    )
+
+
+def _plan(decoder: Decoder, settings: EngineSettings, cache: CachePlan | None) -> MemoryPlan:
+    """Return how many pages there are, and log what they hold."""
+    spec, device = decoder.spec, decoder.device
+    step_tokens = settings.step_tokens(device.type)
+    page = {"page_size": settings.page_size, "number_bytes": decoder.dtype.itemsize}
+    plan = plan_memory(
+        spec,
+        page_size=settings.page_size,
+        layer_page_bytes=layer_page_bytes(spec, cache, **page),
+        budget_bytes=cache_budget(decoder, settings, step_tokens),
+        max_length=settings.max_length,
+        max_running=settings.running(device.type),
+        max_step_tokens=step_tokens,
+        exact=exact_pages(spec, cache, **page),
+    )
+    if cache is not None:
+        _log_cache(cache, spec, page)
+    _log_plan(plan, spec, wanted=settings.max_length)
+    return plan
 
 
 def _log_cache(cache: CachePlan, spec: DecoderSpec, page: Mapping[str, int]) -> None:
@@ -146,14 +159,28 @@ def _require_positions(spec: DecoderSpec, max_length: int | None) -> None:
 
 
 def scheduler_settings(
-    plan: MemoryPlan, spec: DecoderSpec, settings: EngineSettings, *, step_tokens: int, max_running: int
+    plan: MemoryPlan,
+    spec: DecoderSpec,
+    settings: EngineSettings,
+    *,
+    step_tokens: int,
+    max_running: int,
+    forgets_window: bool = False,
 ) -> SchedulerSettings:
-    """Return what the scheduler has to know of the model and the memory."""
+    """Return what the scheduler has to know of the model and the memory.
+
+    With `forgets_window` the last keys of a cached prefix are read from codes.
+    """
     restarts = {rope.original_max_position for rope in spec.ropes if rope.kind == "longrope"}
     return SchedulerSettings(
         page_size=plan.page_size,
         groups=tuple(
-            PageGroup(num_pages=pages, window=group.window, num_sinks=group.num_sinks)
+            PageGroup(
+                num_pages=pages,
+                window=group.window,
+                num_sinks=group.num_sinks,
+                forgets_window=forgets_window and group.is_exact,
+            )
             for group, pages in zip(plan.groups, plan.num_pages, strict=True)
         ),
         max_length=plan.max_length,

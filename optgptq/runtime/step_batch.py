@@ -106,10 +106,13 @@ class StepTables:
     def _first_exact(self, parts: ListLike[StepPart], counts: ListLike[int], positions: Numbers) -> torch.Tensor | None:
         if self.past is None:
             return None
-        begins = np.repeat(np.array([part.begin for part in parts], dtype=np.int64), counts[: len(parts)])
+        begins, seen_from = (
+            np.repeat(np.array(numbers, dtype=np.int64), counts[: len(parts)])
+            for numbers in ([part.begin for part in parts], [part.sequence.seen_from for part in parts])
+        )
         first_T = np.zeros(len(positions), dtype=np.int32)
         # Tokens that fill up read nothing but each other's own keys: codes of the reserved page may be anything.
-        first_T[: len(begins)] = first_exact_keys(self.past, positions[: len(begins)], begins)
+        first_T[: len(begins)] = np.maximum(first_exact_keys(self.past, positions[: len(begins)], begins), seen_from)
         return self._put(first_T)
 
     def _group(

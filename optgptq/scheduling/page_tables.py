@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from optgptq.scheduling.pages import PageAllocator
 from optgptq.scheduling.prefix import page_digest, root_digest
 from optgptq.scheduling.request import Sequence
-from optgptq.scheduling.settings import SchedulerSettings
+from optgptq.scheduling.settings import PageGroup, SchedulerSettings
 from optgptq.scheduling.step import PageCopy
 
 
@@ -38,6 +38,12 @@ class PageTables:
             sys.maxsize if (taken := group.most_taken_pages(settings.page_size)) is None else taken
             for group in settings.groups
         ]
+        # Those of them that later texts find.
+        self._num_named = [
+            sinks if group.forgets_window else taken
+            for group, sinks, taken in zip(settings.groups, self._num_sink_pages, self._num_taken, strict=True)
+        ]
+        self._forgets = any(group.forgets_window for group in settings.groups)
         self._windowed = [index for index, group in enumerate(settings.groups) if group.window]
         self.allocators = tuple(PageAllocator(group.num_pages) for group in settings.groups)
 
@@ -119,8 +125,8 @@ class PageTables:
     def _commit(self, sequence: Sequence) -> None:
         for number in range(sequence.num_committed, sequence.num_computed // self._page_size):
             digest = self._digest(sequence, number)
-            for allocator, table in zip(self.allocators, sequence.page_tables, strict=True):
-                if table[number]:
+            for group, (allocator, table) in enumerate(zip(self.allocators, sequence.page_tables, strict=True)):
+                if table[number] and number < self._num_named[group]:
                     allocator.commit(table[number], digest)
             sequence.num_committed = number + 1
 
@@ -151,6 +157,7 @@ class PageTables:
                     allocator.hold(page)
         target.page_tables = [list(table) for table in source.page_tables]
         target.num_given_back = list(source.num_given_back)
+        target.seen_from = source.seen_from
         target.num_computed = source.num_computed
         target.num_committed = source.num_committed
         target.digests = list(source.digests)
@@ -165,13 +172,14 @@ class PageTables:
                 allocator.release(page)
             sequence.page_tables[group] = []
             sequence.num_given_back[group] = 0
-        sequence.num_computed = sequence.num_committed = 0
+        sequence.num_computed = sequence.num_committed = sequence.seen_from = 0
 
     def find_prefix(self, sequence: Sequence) -> Prefix:
         """Return the longest beginning of a sequence that is in pages of all groups.
 
         Whole pages only, and at least one token is left to compute. A windowed group needs no more than the pages that
-        the next position sees, those of its sinks among them. Nothing is held yet.
+        the next position sees, those of its sinks among them; one that forgets its window only the latter. Nothing is
+        held yet.
         """
         level = self._settings.restart_level(len(sequence.token_ids))
         if level != sequence.restart_level:
@@ -181,7 +189,7 @@ class PageTables:
         num_pages = self._longest_prefix(sequence, found) if self._settings.prefix_cache else 0
         tables: list[list[int]] = []
         for group, sinks, pages in zip(self._groups, self._num_sink_pages, found, strict=True):
-            first = group.first_visible_page(num_pages * self._page_size, self._page_size)
+            first = self._first_found_page(group, num_pages)
             tables.append(
                 [page if page and not sinks <= number < first else 0 for number, page in enumerate(pages[:num_pages])]
             )
@@ -190,6 +198,12 @@ class PageTables:
             for allocator, table in zip(self.allocators, tables, strict=True)
         ]
         return Prefix(num_pages * self._page_size, tables, num_idle)
+
+    def _first_found_page(self, group: PageGroup, num_pages: int) -> int:
+        """Return the first page beyond those of sinks that a text begins with after a prefix of so many pages."""
+        if group.forgets_window:
+            return num_pages
+        return group.first_visible_page(num_pages * self._page_size, self._page_size)
 
     def _longest_prefix(self, sequence: Sequence, found: list[list[int | None]]) -> int:
         """Return the pages of the longest prefix; append what each group has for every page looked at to `found`."""
@@ -201,7 +215,7 @@ class PageTables:
             for index, (group, allocator) in enumerate(zip(self._groups, self.allocators, strict=True)):
                 page = allocator.find(digest)
                 found[index].append(page)
-                if number >= self._num_taken[index]:
+                if number >= self._num_named[index]:
                     continue
                 if page is None:
                     if group.window is None or number < self._num_sink_pages[index]:
@@ -219,8 +233,9 @@ class PageTables:
             for page in table:
                 if page:
                     allocator.hold(page)
-            first = self._groups[index].first_visible_page(prefix.num_tokens, self._page_size)
-            sequence.num_given_back[index] = first
+            num_pages = prefix.num_tokens // self._page_size
+            sequence.num_given_back[index] = self._first_found_page(self._groups[index], num_pages)
         sequence.page_tables = prefix.page_tables
+        sequence.seen_from = prefix.num_tokens if self._forgets else 0
         sequence.num_computed = prefix.num_tokens
         sequence.num_committed = prefix.num_tokens // self._page_size

@@ -59,6 +59,8 @@ class Sequence:
         self.page_tables: list[list[int]] = [[] for _ in range(num_groups)]
         # Entries at the beginning of each table that are known to be given back, so that nobody looks at them again.
         self.num_given_back = [0] * num_groups
+        # In groups that forget their window, the first position beyond sinks that queries see.
+        self.seen_from = 0
         # Names of the full pages known so far; those of the first `num_committed` are in the prefix cache.
         self.digests: list[bytes] = []
         self.num_committed = 0

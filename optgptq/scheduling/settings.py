@@ -15,12 +15,14 @@ class PageGroup:
     `num_pages` counts page 0, which is never handed out: padded rows of a graph write there. With a `window` a query at
     position q sees the keys q - window + 1 .. q; None: all keys up to its own. The first `num_sinks` positions are seen
     by all queries, whatever the window. With a window of 0 these are the only ones that are kept: no sequence takes a
-    page for others, and what is stored for them goes to page 0.
+    page for others, and what is stored for them goes to page 0. With `forgets_window` later texts do not find pages beyond
+    those of sinks: a text that begins with a cached prefix sees no key of it here but the sinks (`Sequence.seen_from`).
     """
 
     num_pages: int
     window: int | None
     num_sinks: int = 0
+    forgets_window: bool = False
 
     @property
     def num_usable(self) -> int:

@@ -57,6 +57,37 @@ def test_people_get_a_table(capsys):
     assert "keys and values" in lines["it must read"]
 
 
+def test_caches_side_by_side(capsys):
+    short = ["--rounds", "1", "--json", "--quiet", "--past-only", "token"]
+    assert main(["bench", *SMALL, "--kv-cache", "16,4,8", *short]) == 0
+    out, err = capsys.readouterr()
+    assert "past_only" not in err
+    runs = json.loads(out)["runs"]
+    assert [run["cache"]["choice"] for run in runs] == ["16", "4", "8"]
+    assert [run["cache"]["past_only"] for run in runs] == [None, "token", "token"]
+    # Six layers of two heads of 32 numbers: float32, or codes with 4 bytes of scale and minimum.
+    assert [run["cache"]["bytes_per_token"] for run in runs] == [6 * 2 * 2 * size for size in (128, 20, 36)]
+    assert [run["cache"]["key_bits"] for run in runs] == [32, 5, 9]
+    assert runs[1]["cache"]["exact_bytes"] > 0 == runs[2]["cache"]["exact_bytes"]
+    # The same prompts for all.
+    assert len({run["pages"]["prompt_tokens"] for run in runs}) == 1
+    assert all(run["check"]["num_tokens"] == 24 for run in runs)
+    plain, four = (run["bytes_per_token"] for run in runs[:2])
+    context = plain["context"]
+    assert plain["cache"] == 6 * 2 * 2 * 128 * context
+    assert four["cache"] == 6 * 2 * 2 * (4 * 128 + (context - 4) * 20)
+
+
+def test_people_get_a_line_for_each_cache(capsys):
+    assert main(["bench", *SMALL, "--rounds", "1", "--skip-check", "--quiet", "--kv-cache", "16,3"]) == 0
+    out, _ = capsys.readouterr()
+    header, plain, three = out.splitlines()[:3]
+    assert header.startswith("KV cache  past-only")
+    assert plain.split()[:2] == ["16", "-"]
+    assert three.split()[:4] == ["3", "chunk", "4.00,", "4.00"]
+    assert "--json has all figures." in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -69,6 +100,10 @@ def test_people_get_a_table(capsys):
         (["--rounds", "0"], "--rounds"),
         (["--shared-prefix", "20"], "fewer than 20 tokens"),
         (["--new-tokens", "30"], "at most 64 tokens together"),
+        (["--kv-cache", "16,5"], "each once, of checkpoint, 16, 8, 4, 3, 2"),
+        (["--kv-cache", "4,4"], "each once"),
+        (["--kv-cache", "4", "--past-only", "recent"], "window:N"),
+        (["--kv-cache", "4", "--deterministic"], "Set past_only to token or window:N."),
         (["--set", "max_runing=4"], "the nearest is max_running"),
     ],
 )

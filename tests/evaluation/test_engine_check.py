@@ -12,6 +12,7 @@ from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import GateError, UsageError
 from optgptq.evaluation import engine_check
 from optgptq.evaluation.engine_check import check_engine
+from optgptq.kernels.quantized_attention import CacheBatch, CacheStorage
 from optgptq.models.decoder import load_decoder
 from optgptq.runtime.engine import Engine
 from optgptq.runtime.engine_settings import EngineSettings
@@ -74,15 +75,36 @@ def test_a_token_as_likely_as_the_likeliest_is_a_tie(monkeypatch: pytest.MonkeyP
 
 
 def test_logits_that_are_no_numbers_do_not_pass() -> None:
-    engine = new_engine()
     with pytest.raises(GateError, match="lower"):
-        engine_check._is_tie(_broken(engine.decoder), [1, 2, 3], 5, where="token 1 of prompt 1")
+        engine_check._is_tie(torch.full((9,), torch.nan), 5, 1e-2, where="token 1 of prompt 1")
 
 
-def _broken(decoder):
-    project = decoder.head.project
-    decoder.head.project = lambda hidden: project(hidden) * float("nan")
-    return decoder
+@pytest.mark.parametrize("past_only", ["off", "token", "window:12", "chunk"])
+@pytest.mark.parametrize("kv_cache", ["8", "4", "3", "2"])
+def test_quantized_caches_that_are_right(kv_cache, past_only) -> None:
+    """Prompts of up to 60 tokens, in steps of 17."""
+    engine = cached(kv_cache=kv_cache, past_only=past_only, max_step_tokens=17)
+    check = check_engine(engine, [*PROMPTS, list(range(60, 120))], num_new_tokens=5)
+    assert (check.num_prompts, check.num_tokens) == (4, 20)
+
+
+@pytest.mark.parametrize("past_only", ["token", "chunk"])
+def test_codes_that_are_read_wrongly_are_found(past_only) -> None:
+    engine = cached(kv_cache="4", past_only=past_only)
+    attend = engine.runner.attend.cache
+    store = attend.choice.store
+
+    def halved(key_TKD: torch.Tensor, value_TKD: torch.Tensor, storage: CacheStorage, batch: CacheBatch) -> None:
+        store(key_TKD, value_TKD / 2, storage, batch)
+
+    attend.choice = dataclasses.replace(attend.choice, store=halved)
+    with pytest.raises(GateError, match="the likeliest by a full forward"):
+        check_engine(engine, [list(range(60, 120)), list(range(20, 70))], num_new_tokens=12)
+
+
+def cached(**settings: str | int) -> Engine:
+    decoder = load_decoder(CheckpointFolder.open(bundled_path("story-llama")))
+    return Engine(decoder, None, EngineSettings(max_length=96, max_running=4, **settings))
 
 
 def test_a_prompt_that_is_refused() -> None:

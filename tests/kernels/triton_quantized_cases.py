@@ -37,8 +37,8 @@ RULES = {
     "rounded alibi and sinks": ScoreRule(scale=0.3, slopes_N=SLOPES / 8, round_alibi=True, sinks_N=SINKS),
     "all": ScoreRule(scale=0.2, window=70, softcap=3.0, slopes_N=SLOPES, alibi_scale=0.7, sinks_N=SINKS),
 }
-LENGTHS = (1, 5, 17, 77, 130)
-MIX: list[Part] = [(0, 0, 1), (4, 127, 130), (1, 3, 5), (2, 14, 17), (3, 76, 77)]
+LENGTHS = (1, 5, 17, 66, 100)
+MIX: list[Part] = [(0, 0, 1), (4, 98, 100), (1, 3, 5), (2, 14, 17), (3, 65, 66)]
 TOLERANCES = {torch.float32: 6e-6, torch.float16: 8e-3, torch.bfloat16: 1.6e-2}
 SCHEMES = layer_schemes(16)
 COMBINATIONS = (
@@ -168,14 +168,14 @@ def test_sums_of_many_small_weights_are_kept():
 def test_a_row_does_not_depend_on_cut_batch_or_division(name, past, window, monkeypatch):
     rule = ScoreRule(scale=0.5, window=window, slopes_N=SLOPES[:2], sinks_N=SINKS[:2])
     sizes = {"num_heads": 2, "num_kv_heads": 1, "dtype": torch.float16}
-    texts = cache_texts((20, 90), SCHEMES[name], PASTS[past], window=window, **sizes)
+    texts = cache_texts((20, 70), SCHEMES[name], PASTS[past], window=window, **sizes)
 
     def rows(parts: Sequence[Part], *, split: bool) -> torch.Tensor:
         monkeypatch.setattr(triton_attention, "TARGET_PROGRAMS", 1024 if split else 0)
         return attend(stored(texts.step(parts)), rule)
 
-    whole = rows([(1, 0, 90)], split=False)
-    for begin, end, split in ((89, 90, True), (63, 66, False), (72, 90, True)):
+    whole = rows([(1, 0, 70)], split=False)
+    for begin, end, split in ((69, 70, True), (63, 66, False), (30, 51, True)):
         assert torch.equal(rows([(1, begin, end)], split=split), whole[begin:end])
         batched = rows([(0, 17, 20), (1, begin, end)], split=True)
         assert torch.equal(batched[3:], whole[begin:end])
@@ -264,7 +264,7 @@ def check_same_bytes(texts: CacheTexts, parts: Sequence[Part]) -> None:
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_tokens_become_the_bytes_that_torch_writes_and_nothing_else_changes(name):
     texts = cache_texts(LENGTHS, layer_schemes(32)[name], PASTS["chunk, sinks and recent"], head_dim=32, seed=4)
-    check_same_bytes(texts, [*MIX[:4], (3, 40, 77)])
+    check_same_bytes(texts, [*MIX[:4], (3, 60, 65)])
 
 
 def decoded(step: CacheStep, side: Side) -> torch.Tensor:
@@ -274,17 +274,23 @@ def decoded(step: CacheStep, side: Side) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "group_size", "dtype"),
-    [(40, 40, torch.float16), (80, 20, torch.bfloat16), (96, 32, torch.float32), (64, 16, torch.float16)],
+    ("bits", "head_dim", "group_size", "dtype"),
+    [
+        (2, 40, 40, torch.float16),
+        (3, 40, 20, torch.float16),
+        (3, 80, 20, torch.bfloat16),
+        (4, 80, 80, torch.bfloat16),
+        (4, 96, 32, torch.float32),
+        (8, 64, 16, torch.float16),
+    ],
 )
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_head_sizes_and_groups_that_fill_nothing(bits, head_dim, group_size, dtype):
     """Rows of 3 bits and of 40 features are filled up; with what is nobody's business."""
     side = SideScheme(bits=bits, group_size=group_size)
     texts = cache_texts(
-        (21, 9), LayerScheme(keys=side, values=side), PASTS["off"], head_dim=head_dim, page_size=48, dtype=dtype
+        (18, 9), LayerScheme(keys=side, values=side), PASTS["off"], head_dim=head_dim, page_size=48, dtype=dtype
     )
-    expected, found = both_stored(texts.step([(1, 8, 9), (0, 3, 21)]))
+    expected, found = both_stored(texts.step([(1, 8, 9), (0, 0, 18)]))
     for name in SIDES:
         assert torch.equal(decoded(found, name), decoded(expected, name))
 

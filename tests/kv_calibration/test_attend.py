@@ -106,6 +106,19 @@ def test_attention_is_what_the_rule_says(spec: DecoderSpec, past: PastRule) -> N
     torch.testing.assert_close(attend(1, *heads, spec).double(), expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_one_side_may_be_exact(spec: DecoderSpec, side: str) -> None:
+    heads, both = heads_of(spec), quantizer(spec)
+    layer = LayerQuantizer(keys=both.keys if side == "keys" else None, values=both.values if side == "values" else None)
+    codes = [
+        part if quantize is None else quantize(part)
+        for part, quantize in zip(heads[1:], (layer.keys, layer.values), strict=True)
+    ]
+    found = CacheAttend(layers={0: layer}, past=PASTS[3])(0, *heads, spec)
+    expected = literal_attention(spec, 0, heads, tuple(codes), PASTS[3])
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
+
+
 def test_a_layer_without_codes_is_plain_attention(spec: DecoderSpec) -> None:
     heads = heads_of(spec)
     output = CacheAttend(layers={})(0, *heads, spec)

@@ -48,6 +48,10 @@ from optgptq.runtime.engine_settings import (
         ({"prefix_cache": 1}, "prefix_cache: expected True or False, found 1."),
         ({"deterministic": "no"}, "deterministic: expected True or False, found 'no'."),
         ({"graphs": None}, "graphs: expected True or False, found None."),
+        ({"kv_cache": "5"}, "kv_cache: expected one of checkpoint, 16, 8, 4, 3, 2, found '5'."),
+        ({"kv_cache": 4}, "kv_cache: expected text, found 4."),
+        ({"past_only": 4}, "past_only: expected text or None, found 4."),
+        ({"kv_cache": "4", "page_size": 24}, "page_size: expected a multiple of 16 with a quantized cache, found 24."),
     ],
 )
 def test_what_is_refused(values: dict[str, Any], message: str) -> None:
@@ -71,6 +75,13 @@ def test_tokens_and_texts_of_a_step(values: dict[str, int], cpu: tuple[int, int]
     settings = EngineSettings(**values)
     for device, expected in (("cpu", cpu), ("cuda", cuda)):
         assert (settings.step_tokens(device), settings.running(device)) == expected
+
+
+@pytest.mark.parametrize("mode", ["window", "window:0", "window:x", "recent", "chunk:4", ""])
+def test_modes_that_there_are_not(mode: str) -> None:
+    with pytest.raises(UsageError, match="window:N") as caught:
+        EngineSettings(past_only=mode)
+    assert (caught.value.where, caught.value.found) == ("past_only", repr(mode))
 
 
 def test_shares_of_memory() -> None:

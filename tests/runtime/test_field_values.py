@@ -58,12 +58,24 @@ def test_what_cannot_be_read(text: str, where: str, expected: str, action: str) 
         ("deterministic", 1, "true or false"),
         ("watermark_ratio", False, "a number"),
         ("page_size", 12, "a multiple of 8"),
+        ("kv_cache", 5, "one of checkpoint, 16, 8, 4, 3, 2"),
+        ("kv_cache", 4.0, "text"),
+        ("past_only", 3, "text or null"),
+        ("past_only", True, "text or null"),
     ],
 )
 def test_what_an_engine_cannot_take(name: str, value: object, expected: str) -> None:
     with pytest.raises(UsageError) as caught:
         engine_settings({name: value})
     assert (caught.value.where, caught.value.expected) == (name, expected)
+
+
+def test_caches_as_yaml_reads_them() -> None:
+    texts = ["kv_cache=4", "past_only=off"]
+    settings = engine_settings(field_values(texts, SETTING_FIELDS, option="--set"))
+    assert (settings.kv_cache, settings.past_only) == ("4", "off")
+    settings = engine_settings(field_values(["past_only=window:32"], SETTING_FIELDS, option="--set"))
+    assert settings.past_only == "window:32"
 
 
 @given(name=st.sampled_from(SETTING_FIELDS), text=st.text(alphabet="0123456789.-+eE truefalsn[]{}:,'\"#~", max_size=8))

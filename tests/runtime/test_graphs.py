@@ -59,6 +59,28 @@ def test_padded_steps_give_the_same_tokens_and_write_only_to_the_reserved_page()
         assert slots_ZY[0].tolist() == [True] + [False] * 15
 
 
+@pytest.mark.parametrize("past_only", ["token", "window:24", "chunk", "off"])
+def test_padded_steps_of_a_quantized_cache(past_only):
+    settings = EngineSettings(max_length=64, max_running=8, kv_cache="4", past_only=past_only)
+    expected, padded = (Engine(load_model(bundled_path("bundled:story-llama")), None, settings) for _ in range(2))
+    wanted = [result.token_ids for result in generate(expected, PROMPTS, GREEDY)]
+    attend = padded.runner.attend
+    for pages in attend.pool.layers:
+        # NaN as scales and minimums, so that codes that nobody wrote would be seen.
+        pages.pages_ZB.fill_(0xFF)
+        pages.exact_keys_ZKDY.fill_(float("nan"))
+        pages.exact_values_ZKYD.fill_(float("nan"))
+    padded.runner = Runner.start(
+        padded.decoder, attend.pool, attend.attention, cache=attend.cache, capture=run_each_time
+    )
+    assert [result.token_ids for result in generate(padded, PROMPTS, GREEDY)] == wanted
+    graphs = padded.runner.graphs
+    assert Bucket(8, 64) in graphs.buckets
+    for recorded in graphs.buckets.values():
+        assert recorded.batch.first_exact_T.dtype == torch.int32
+        assert len(recorded.batch.groups) == 2
+
+
 def test_each_bucket_is_recorded_once():
     recorded = []
 

@@ -14,6 +14,7 @@ from support.tiny_models import TINY_MODELS, reference_model, save_reference
 
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.kernels.paged_attention import PagedBatch
+from optgptq.kv_cache.scheme import PastRule
 from optgptq.models.registry import model_spec
 from optgptq.models.spec import DecoderSpec
 from optgptq.runtime.row_blocks import block_parts
@@ -128,6 +129,29 @@ def test_filled_up_rows_have_the_shortest_length(specs) -> None:
     step = engine.schedule()
     tables = StepTables(spec=specs["dynamic"], num_groups=1, page_size=PAGE, device=torch.device("cpu"))
     assert tables.batch(step.parts, fill_to=8).length_T.tolist() == [5, 5, 5, 5, 5, 1, 1, 1]
+
+
+def test_first_exact_keys_of_parts_and_of_rows_that_fill_up(specs) -> None:
+    engine = SimulatedEngine(scheduler_settings((20, None), max_step_tokens=20))
+    engine.submit(request("long", range(11)))
+    engine.submit(request("short", range(3)))
+    step = engine.schedule()
+    places = {"spec": specs["none"], "num_groups": 1, "page_size": PAGE, "device": torch.device("cpu")}
+    assert StepTables(**places).batch(step.parts).first_exact_T is None
+    for past, expected in (
+        (PastRule(mode="token"), [*range(11), *range(3)]),
+        (PastRule(mode="off"), [*range(1, 12), *range(1, 4)]),
+        (PastRule(mode="chunk"), [0] * 14),
+        (PastRule(mode="window", window=4), [0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 0, 0, 0]),
+    ):
+        batch = StepTables(**places, past=past).batch(step.parts, fill_to=17)
+        # Rows that fill up read no codes: those of the reserved page may be anything.
+        assert batch.first_exact_T.tolist() == [*expected, 0, 0, 0]
+        assert batch.first_exact_T.dtype == torch.int32
+    # A block begins where it begins, in the middle of a part.
+    late = StepPart(step.parts[0].sequence, 6, 9, ())
+    tables = StepTables(**places, past=PastRule(mode="chunk"))
+    assert tables.batch([late]).first_exact_T.tolist() == [6, 6, 6]
 
 
 def test_a_batch_token_by_token() -> None:

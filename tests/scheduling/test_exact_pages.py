@@ -102,6 +102,19 @@ def test_a_hit_needs_sinks_and_window_but_not_what_is_between() -> None:
     assert kept_pages(again, 1) == [0, 4, 5]
 
 
+def test_a_group_that_forgets_its_window_finds_the_sinks_of_a_prefix_alone() -> None:
+    engine = SimulatedEngine(settings((16, None), (9, 6, 4, True)))
+    run(engine, "first", [1] * 21)
+    # Uses the pages that are free without a name.
+    run(engine, "other", [2] * 30)
+    (text,) = engine.submit(request("second", [1] * 21, max_tokens=20))
+    engine.step()
+    assert (text.num_cached_tokens, text.seen_from) == (20, 20)
+    assert kept_pages(text, 1) == [0, 5]
+    engine.run_to_end(most_steps=30)
+    engine.check_nothing_is_left()
+
+
 def test_the_texts_of_a_request_copy_a_page_of_sinks_that_is_not_full() -> None:
     engine = SimulatedEngine(settings((16, None), (5, 0, 7)))
     texts = engine.submit(request("a", [1] * 6, n=3, max_tokens=6))
@@ -122,11 +135,12 @@ def test_beyond_the_sinks_only_codes_are_copied() -> None:
     assert [copy.group for copy in engine.step().copies] == [0, 0]
 
 
-WINDOWS = [0, 3, 40]
 SINKS = [1, 4, 17, 64]
 
 
-def job_settings(window: int, num_sinks: int, page_size: int, *, prefix_cache: bool) -> SchedulerSettings:
+def job_settings(
+    window: int, num_sinks: int, page_size: int, *, prefix_cache: bool, forgets_window: bool
+) -> SchedulerSettings:
     """Room for two texts of the greatest length, and for somewhat more than one of them in exact pages."""
     exact = page_group(99, window, num_sinks)
     span = exact.most_visible_pages(page_size)
@@ -134,7 +148,7 @@ def job_settings(window: int, num_sinks: int, page_size: int, *, prefix_cache: b
     usable = span + max(1, span // 2) + (2 if window else 0)
     return settings(
         page_size=page_size,
-        groups=(page_group(2 * LENGTH // page_size, None), page_group(usable, window, num_sinks)),
+        groups=(page_group(2 * LENGTH // page_size, None), page_group(usable, window, num_sinks, forgets_window)),
         max_length=LENGTH,
         max_step_tokens=48,
         max_waiting=6,
@@ -144,14 +158,17 @@ def job_settings(window: int, num_sinks: int, page_size: int, *, prefix_cache: b
 
 @pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("page_size", [8, 16])
-@pytest.mark.parametrize("num_sinks", SINKS)
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("num_sinks", [0, *SINKS])
+@pytest.mark.parametrize(("window", "forgets_window"), [(0, False), (3, False), (3, True), (40, False), (40, True)])
 def test_long_random_jobs_find_what_must_be_kept(
-    window: int, num_sinks: int, page_size: int, prefix_cache: bool
+    window: int, num_sinks: int, page_size: int, prefix_cache: bool, forgets_window: bool
 ) -> None:
     """The engine checks every slot that must be kept after every call; the events at the end must have happened."""
+    if window == num_sinks == 0:
+        pytest.skip("a group that keeps nothing")
     chance = random.Random(f"{window} {num_sinks} {page_size}")
-    engine = SimulatedEngine(job_settings(window, num_sinks, page_size, prefix_cache=prefix_cache))
+    limits = job_settings(window, num_sinks, page_size, prefix_cache=prefix_cache, forgets_window=forgets_window)
+    engine = SimulatedEngine(limits)
     prefixes = [[chance.randrange(VOCABULARY) for _ in range(length)] for length in (5, 20, 70, 120)]
     num_done = 0
     for number in range(150):

@@ -18,12 +18,12 @@ VOCABULARY = 3
 
 
 # Usable pages of a group, its window, and its sinks where it has any.
-Group = tuple[int, int | None] | tuple[int, int | None, int]
+Group = tuple[int, int | None] | tuple[int, int | None, int] | tuple[int, int | None, int, bool]
 
 
-def page_group(usable: int, window: int | None, num_sinks: int = 0) -> PageGroup:
+def page_group(usable: int, window: int | None, num_sinks: int = 0, forgets_window: bool = False) -> PageGroup:
     """Return a group with so many pages that sequences can have."""
-    return PageGroup(num_pages=usable + 1, window=window, num_sinks=num_sinks)
+    return PageGroup(num_pages=usable + 1, window=window, num_sinks=num_sinks, forgets_window=forgets_window)
 
 
 def settings(*windows_and_pages: Group, **changes: Any) -> SchedulerSettings:
@@ -138,18 +138,24 @@ class SimulatedEngine:
         assert len(table) >= -(-text.num_computed // size)
         window = group.window
         first = 0 if window is None else max(0, text.num_computed - window + 1)
+        first = max(first, self._seen_from(text, group))
         for number, page in enumerate(table):
             is_kept = number * size < group.num_sinks or (window != 0 and number >= first // size)
             assert (page != 0) == is_kept, f"page {number} with {text.num_computed} computed"
         marks = self._marks(text, text.num_computed, text.restart_level)
-        for position in self._needed(group, text.num_computed, text.num_computed):
+        for position in self._needed(group, text, text.num_computed, text.num_computed):
             place = table[position // size], position % size
             assert self._contents[index].get(place) == marks[position], f"position {position} is not kept"
 
-    def _needed(self, group: PageGroup, query: int, end: int) -> Iterator[int]:
+    def _seen_from(self, text: Sequence, group: PageGroup) -> int:
+        assert text.seen_from == 0 or any(other.forgets_window for other in self.settings.groups)
+        return text.seen_from if group.forgets_window else 0
+
+    def _needed(self, group: PageGroup, text: Sequence, query: int, end: int) -> Iterator[int]:
         """Yield the positions below `end` that a query at `query` reads."""
         for position in range(end):
             is_seen = group.window is None or position > query - group.window
+            is_seen = is_seen and position >= self._seen_from(text, group)
             if (is_seen and group.window != 0) or position < group.num_sinks:
                 yield position
 
@@ -217,7 +223,7 @@ class SimulatedEngine:
         size = self.settings.page_size
         table = part.sequence.page_tables[group]
         marks = self._marks_of_part(part)
-        for position in self._needed(self.settings.groups[group], part.begin, part.end):
+        for position in self._needed(self.settings.groups[group], part.sequence, part.begin, part.end):
             place = table[position // size], position % size
             assert self._contents[group].get(place) == marks[position], f"wrong contents at position {position}"
 

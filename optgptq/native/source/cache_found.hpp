@@ -34,13 +34,16 @@ inline void find_keys(
   }
   float* minimum = space.parameters + num_parameters(side, head_dim);
   load_parameters(side, head_dim, blocks, space.parameters, minimum);
-  if (is_whole(side, head_dim)) {
+  const bool whole = is_whole(side, head_dim);
+  if (whole) {
     tile.key_scale = space.parameters;
     tile.key_minimum = minimum;
-    if (few_rows) {
-      tile.key_codes = space.turned;
-      return;
-    }
+  }
+  if (few_rows) {
+    tile.key_codes.bytes = space.turned;
+    tile.key_codes.head_dim = head_dim;
+    tile.key_codes.pairs = {whole ? nullptr : space.parameters, minimum - space.parameters, side.group_size};
+    return;
   }
   OPTGPTQ_FOR_BITS(side.bits, unpack_keys, side, head_dim, place, space)
 }
@@ -54,16 +57,19 @@ inline void find_values(
   float* scale = space.parameters + 2 * num_parameters(pages.keys, head_dim);
   float* minimum = scale + num_parameters(side, head_dim);
   if (side.along_tokens == 0) load_parameters(side, head_dim, blocks, scale, minimum);
-  if (is_whole(side, head_dim)) {
+  const bool whole = is_whole(side, head_dim);
+  if (whole) {
     tile.value_scale = scale;
     tile.value_minimum = minimum;
-    if (few_rows && has_fused_values(side.bits, head_dim)) {
-      rows_of(side, blocks, tile.value_codes.blocks);
-      tile.value_codes.row_bytes = side.row_bytes;
-      tile.value_codes.head_dim = head_dim;
-      tile.value_codes.shifts = space.shifts;
-      return;
-    }
+  }
+  const bool takes_groups = whole || (side.along_tokens == 0 && side.group_size % kLanes == 0);
+  if (few_rows && takes_groups && has_fused_values(side.bits, head_dim)) {
+    rows_of(side, blocks, tile.value_codes.blocks);
+    tile.value_codes.row_bytes = side.row_bytes;
+    tile.value_codes.head_dim = head_dim;
+    tile.value_codes.shifts = space.shifts;
+    tile.value_codes.pairs = {whole ? nullptr : scale, minimum - scale, side.group_size};
+    return;
   }
   OPTGPTQ_FOR_BITS(side.bits, unpack_values, side, head_dim, place, blocks, space, scale)
 }

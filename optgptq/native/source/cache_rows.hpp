@@ -80,18 +80,32 @@ inline void begin_cache_rows(const CacheCall& call, const PagedItem& item, Cache
   }
 }
 
+template <int kBits, int M>
+void score_keys(
+    const KeyRows& rows, const float* const* query, std::int64_t begin, std::int64_t end, float* scores) {
+  if (rows.pairs.scale == nullptr) return score_codes<kBits, M, false>(query, rows, begin, end, scores);
+  score_codes<kBits, M, true>(query, rows, begin, end, scores);
+}
+
 template <int M>
 void score_tile(
     const CacheSide& side, const CacheTile& tile, const float* const* query, std::int64_t begin, std::int64_t end,
     float* scores) {
-  if (tile.key_codes == nullptr) return score<float, M>(query, tile.numbers, begin, end, scores);
-  const std::int64_t head_dim = tile.numbers.head_dim;
+  const KeyRows& rows = tile.key_codes;
+  if (rows.bytes == nullptr) return score<float, M>(query, tile.numbers, begin, end, scores);
   switch (side.bits) {
-    case 8: return score_codes<8, M>(query, tile.key_codes, head_dim, begin, end, scores);
-    case 4: return score_codes<4, M>(query, tile.key_codes, head_dim, begin, end, scores);
-    case 3: return score_codes<3, M>(query, tile.key_codes, head_dim, begin, end, scores);
-    default: return score_codes<2, M>(query, tile.key_codes, head_dim, begin, end, scores);
+    case 8: return score_keys<8, M>(rows, query, begin, end, scores);
+    case 4: return score_keys<4, M>(rows, query, begin, end, scores);
+    case 3: return score_keys<3, M>(rows, query, begin, end, scores);
+    default: return score_keys<2, M>(rows, query, begin, end, scores);
   }
+}
+
+template <int kBits, int M>
+void add_rows(
+    const ValueRows& rows, float* const* output, const float* weights, std::int64_t begin, std::int64_t end) {
+  if (rows.pairs.scale == nullptr) return add_codes<kBits, M, false>(output, weights, rows, begin, end);
+  add_codes<kBits, M, true>(output, weights, rows, begin, end);
 }
 
 template <int M>
@@ -101,10 +115,10 @@ void add_tile(
   const ValueRows& rows = tile.value_codes;
   if (rows.blocks[0] == nullptr) return add_values<float, M>(output, weights, tile.numbers, begin, end);
   switch (side.bits) {
-    case 8: return add_codes<8, M>(output, weights, rows, begin, end);
-    case 4: return add_codes<4, M>(output, weights, rows, begin, end);
-    case 3: return add_codes<3, M>(output, weights, rows, begin, end);
-    default: return add_codes<2, M>(output, weights, rows, begin, end);
+    case 8: return add_rows<8, M>(rows, output, weights, begin, end);
+    case 4: return add_rows<4, M>(rows, output, weights, begin, end);
+    case 3: return add_rows<3, M>(rows, output, weights, begin, end);
+    default: return add_rows<2, M>(rows, output, weights, begin, end);
   }
 }
 

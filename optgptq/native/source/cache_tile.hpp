@@ -13,7 +13,7 @@ namespace {
 // and likewise for values; else the numbers stand for themselves.
 struct CacheTile {
   TileNumbers<float> numbers;
-  const std::uint8_t* key_codes;  // [bytes, 64 keys]; null: `numbers` has the keys
+  KeyRows key_codes;              // bytes null: `numbers` has the keys
   ValueRows value_codes;          // first block null: `numbers` has the values
   const float* key_scale;         // [64], like the three below; null: none
   const float* key_minimum;
