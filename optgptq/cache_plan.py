@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 from optgptq.errors import ModelError, RecipeError
 from optgptq.kv_cache.page_layout import CHANNEL_MULTIPLE
-from optgptq.kv_cache.scheme import CacheScheme, LayerScheme, PastRule, SideScheme, parse_past_mode
+from optgptq.kv_cache.scheme import (
+    USUAL_RECENT_TOKENS,
+    USUAL_SINK_TOKENS,
+    CacheScheme,
+    LayerScheme,
+    PastRule,
+    SideScheme,
+    parse_past_mode,
+)
 from optgptq.models.spec import DecoderSpec
 from optgptq.recipe.kv_cache import KVCacheRecipe, layer_ranges
-
-# First tokens of a text, and its last ones, that are kept in 16 bits where the recipe leaves it open: by fewest bits.
-# Codes of 2 bits are unusable without both.
-_SINK_TOKENS = {8: 0, 4: 4, 3: 4, 2: 64}
-_RECENT_TOKENS = {8: 0, 4: 0, 3: 0, 2: 128}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,27 @@ def plan_cache(spec: DecoderSpec, recipe: KVCacheRecipe) -> CachePlan | None:
     )
 
 
+def check_windows(plan: CachePlan, window_size: int) -> None:
+    """Raise RecipeError where no query of a calibration window reads anything from codes."""
+    past, last = plan.scheme.past, window_size - 1
+    # As decoding reads: a token is a step of its own.
+    first_exact = past.first_exact(last, last)
+    if first_exact > past.sink_tokens:
+        return
+    raise RecipeError(
+        "calibration.window_size",
+        expected="windows that are longer than the keys that are read in 16 bits, where a KV cache is calibrated",
+        found=f"{window_size} tokens, with the first {past.sink_tokens} and the last {window_size - first_exact} exact",
+        action="Use longer windows or fewer exact tokens, or set kv_cache.calibrated=false.",
+    )
+
+
+def most_parameter_bytes(spec: DecoderSpec) -> int:
+    """Return what a file of parameters takes at most: float32, a metric and a rotation for both sides of each head."""
+    of_side = spec.num_kv_heads * (2 * spec.head_dim**2 + 2 * spec.head_dim)
+    return 2 * spec.num_layers * of_side * 4
+
+
 def _layers(spec: DecoderSpec, recipe: KVCacheRecipe) -> tuple[tuple[LayerScheme, ...], frozenset[int]]:
     bits = [[recipe.key_bits or recipe.bits, recipe.value_bits or recipe.bits] for _ in spec.layers]
     fixed: set[int] = set()
@@ -120,8 +144,8 @@ def _past(recipe: KVCacheRecipe, layers: tuple[LayerScheme, ...]) -> PastRule:
     return PastRule(
         mode=mode,
         window=window,
-        sink_tokens=_SINK_TOKENS[fewest] if recipe.sink_tokens is None else recipe.sink_tokens,
-        recent_tokens=_RECENT_TOKENS[fewest] if recipe.recent_tokens is None else recipe.recent_tokens,
+        sink_tokens=USUAL_SINK_TOKENS[fewest] if recipe.sink_tokens is None else recipe.sink_tokens,
+        recent_tokens=USUAL_RECENT_TOKENS[fewest] if recipe.recent_tokens is None else recipe.recent_tokens,
         granule=recipe.key_group_tokens if by_token else 1,
     )
 

@@ -12,7 +12,7 @@ import torch
 
 import optgptq
 from optgptq.cache_job import CacheJob
-from optgptq.cache_plan import CachePlan, plan_cache
+from optgptq.cache_plan import CachePlan, check_windows, most_parameter_bytes, plan_cache
 from optgptq.calibration.start import check_norm_tweaking, num_held_out
 from optgptq.calibration_text import calibration_windows
 from optgptq.checkpoint.folder import CONFIG_FILE, CheckpointFolder
@@ -179,9 +179,11 @@ class _Job:
         }
 
     def _num_bytes(self) -> int:
+        parameters = 0 if self.cache_plan is None else most_parameter_bytes(self.source.spec)
         if self.keeps_weights:
-            return sum(info.num_bytes for info in self.source.tensors.tensors.values())
-        return sum(entry.num_bytes for entry in plan_entries(self.source.tensors, self.layouts, self.form))
+            return parameters + sum(info.num_bytes for info in self.source.tensors.tensors.values())
+        entries = plan_entries(self.source.tensors, self.layouts, self.form)
+        return parameters + sum(entry.num_bytes for entry in entries)
 
     def _announce(self) -> None:
         form = "dense" if self.keeps_weights else self.form.name
@@ -208,6 +210,8 @@ class _Job:
         )
         for warning in warnings:
             self._warn(warning)
+        if self.cache_plan is not None and kv_cache.calibrated:
+            check_windows(self.cache_plan, windows.window_size)
         return windows
 
     def _quantize_weights(self, windows: Windows, folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from support.quantizable import tiny_model
 from support.tiny_models import reference_model
 
-from optgptq.cache_plan import CachePlan, plan_cache
+from optgptq.cache_plan import CachePlan, check_windows, most_parameter_bytes, plan_cache
 from optgptq.errors import ModelError, OptGPTQError, RecipeError
 from optgptq.kv_cache.scheme import LayerScheme, SideScheme
 from optgptq.models.registry import config_spec
@@ -72,13 +72,13 @@ def test_groups_along_tokens_are_of_keys_and_move_the_granule(spec: DecoderSpec)
     ("values", "sinks", "recent"),
     [
         ({"bits": 8}, 0, 0),
-        ({"bits": 4}, 4, 0),
-        ({"bits": 3}, 4, 0),
+        ({"bits": 4}, 4, 16),
+        ({"bits": 3}, 4, 32),
         ({"bits": 2}, 64, 128),
         ({"bits": 8, "value_bits": 2}, 64, 128),
         ({"bits": 2, "sink_tokens": 1, "recent_tokens": 0}, 1, 0),
         ({"bits": 4, "budget_bits": 2.5}, 64, 128),
-        ({"bits": 4, "budget_bits": 3.0}, 4, 0),
+        ({"bits": 4, "budget_bits": 3.0}, 4, 32),
     ],
 )
 def test_exact_tokens_follow_the_fewest_bits(
@@ -144,3 +144,27 @@ def test_heads_that_do_not_split_are_refused(spec: DecoderSpec, head_dim: int) -
         planned(replace(spec, head_dim=head_dim))
     assert caught.value.found == f"{head_dim} channels"
     assert caught.value.action == "Set kv_cache.bits=16 for this model."
+
+
+def test_room_for_the_file_of_parameters(spec: DecoderSpec) -> None:
+    """Both sides of 3 layers of 2 heads: metric and rotation `[16, 16]`, shift and scale `[16]`."""
+    assert most_parameter_bytes(spec) == 2 * 3 * 2 * (2 * 16 * 16 + 2 * 16) * 4
+
+
+@pytest.mark.parametrize(
+    ("values", "exact"),
+    [
+        ({"bits": 2}, 192),
+        ({"sink_tokens": 3, "recent_tokens": 0}, 4),
+        ({"sink_tokens": 0, "recent_tokens": 5, "past_only": "off"}, 5),
+        ({"sink_tokens": 2, "recent_tokens": 0, "past_only": "window:8"}, 8),
+        ({"sink_tokens": 0, "recent_tokens": 0, "key_axis": "token", "key_group_tokens": 16}, 16),
+    ],
+)
+def test_windows_must_be_longer_than_what_is_exact(spec: DecoderSpec, values: dict[str, object], exact: int) -> None:
+    plan = planned(spec, **values)
+    with pytest.raises(RecipeError) as caught:
+        check_windows(plan, exact)
+    assert caught.value.where == "calibration.window_size"
+    assert caught.value.found.startswith(f"{exact} tokens, with the first {plan.scheme.past.sink_tokens} ")
+    check_windows(plan, exact + 1)

@@ -65,8 +65,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def recipe_of(weights: dict[str, Any] | None = None, **kv_cache: Any) -> Recipe:
+    """Return a recipe with so few exact tokens that short windows have others."""
     return Recipe.model_validate(
-        {"weights": weights or {"method": "none"}, "kv_cache": {"bits": 4, **kv_cache}, "calibration": TEXT}
+        {
+            "weights": weights or {"method": "none"},
+            "kv_cache": {"bits": 4, "recent_tokens": 0, "sink_tokens": 2, **kv_cache},
+            "calibration": TEXT,
+        }
     )
 
 

@@ -26,7 +26,7 @@ def recipe_of(*, calibration: dict[str, Any] | None = None, **kv_cache: Any) -> 
     return Recipe.model_validate(
         {
             "weights": {"method": "none"},
-            "kv_cache": {"bits": 4, **kv_cache},
+            "kv_cache": {"bits": 4, "recent_tokens": 0, "sink_tokens": 1, **kv_cache},
             "calibration": {**TEXT, **(calibration or {})},
         }
     )

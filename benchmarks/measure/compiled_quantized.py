@@ -14,6 +14,7 @@ from optgptq.kernels.triton_store_codes import (
     FITTED_TOGETHER,
     ROUNDED_OPTIONS,
     ROUNDED_TOGETHER,
+    group_warps,
     num_parts,
 )
 from optgptq.kernels.triton_store_codes_source import store_groups_of_side, store_tokens_of_side
@@ -93,7 +94,10 @@ def attention_case(
     exact: bool = False,
     label: str = "",
 ) -> CompiledCase:
-    """Return one case of `quantized_attention_of_rows`: 32 query heads and 8 key/value heads."""
+    """Return one case of `quantized_attention_of_rows`: 32 query heads and 8 key/value heads.
+
+    Not for gfx1100 with heads of more than 64 features: there registers are kept in memory.
+    """
     wanted, dtype = rule or {}, KINDS[kind]
     layout = page_layout(scheme, head_dim, dtype.itemsize)
     tiles = {name: choose_tiles(device_kind_of(name), dtype, layout, most_rows=most_rows) for name in TARGETS}
@@ -113,7 +117,7 @@ def attention_case(
         signature=POINTERS | of_kind | {"pages": "*i32", "first_exact_of": "*i32"},
         constants=constants,
         constants_of={name: {"TILE": each.keys, "BLOCK_M": each.rows} for name, each in tiles.items()},
-        options={name: each.options for name, each in tiles.items()},
+        options={name: each.options for name, each in tiles.items() if head_dim <= 64 or name != "gfx1100"},
         instruction={} if kind == "fp32" else INSTRUCTIONS,
         multiples=("query_stride", "key_stride", "value_stride"),
     )
@@ -148,7 +152,7 @@ def groups_case(kind: str, head_dim: int, scheme: str) -> CompiledCase:
         kernel=store_groups_of_side,
         signature=POINTERS | pointers | {"x": f"*{kind}", "exact_pages": f"*{kind}"},
         constants=store_constants(kind, head_dim, scheme) | {"BLOCK_T": PAGE, "SEARCHED": False, "TRANSPOSED": True},
-        options=dict.fromkeys(TARGETS, ROUNDED_OPTIONS),
+        options=dict.fromkeys(TARGETS, ROUNDED_OPTIONS | {"num_warps": group_warps(PAGE * padded_head_dim(head_dim))}),
         multiples=("token_stride",),
     )
 

@@ -220,6 +220,7 @@ def _attend(
 def join(
     sums_STND: torch.Tensor, states: torch.Tensor, batch: PagedBatch, rule: ScoreRule, output_TND: torch.Tensor
 ) -> None:
+    """Write the output of segments that were attended to one by one: their sums, highest scores and totals."""
     num_segments, num_tokens, num_heads, head_dim = sums_STND.shape
     join_segments[(num_tokens, num_heads)](
         sums_STND,

@@ -171,6 +171,36 @@ def load_parameters(pages, head, slot, is_seen, SIDE: tl.constexpr):
 
 
 @triton.jit
+def codes_times_parameters(codes, pages, head, slot, is_seen, SHAPE: tl.constexpr, SIDE: tl.constexpr):
+    """Return the numbers `[TILE, D]` that codes stand for, by the scale and minimum of each one's group."""
+    BLOCK_D: tl.constexpr = codes.shape[1]
+    PARTS: tl.constexpr = 8 // SIDE.low_bits
+    WIDTH: tl.constexpr = SHAPE.head_dim // PARTS
+    NUM_WORDS: tl.constexpr = BLOCK_D // (4 * PARTS)
+    base = pages + (head + SIDE.parameters) // 4
+    if SIDE.by_token or SIDE.group_size % 4 != 0 or WIDTH % 4 != 0:
+        channel, is_channel = channels_of_codes(SHAPE, SIDE, BLOCK_D)
+        if SIDE.by_token:
+            base, index = base + slot // SIDE.group_size * SHAPE.head_dim, channel
+        else:
+            base, index = base + slot * (SHAPE.head_dim // SIDE.group_size), channel // SIDE.group_size
+        words = tl.load(base[:, None] + index[None, :], mask=is_seen[:, None] & is_channel[None, :], other=0)
+        scale, minimum = split_parameters(words)
+        numbers = codes * scale + minimum
+    else:
+        # The places of a part that share a word share a group; where groups are whole parts, so do all of a part.
+        word = tl.arange(0, 1 if SIDE.group_size % WIDTH == 0 else NUM_WORDS)
+        index = (tl.arange(0, PARTS)[None, :] * WIDTH + word[:, None] * 4) // SIDE.group_size
+        base += slot * (SHAPE.head_dim // SIDE.group_size)
+        is_word = is_seen[:, None, None] & (word * 4 < WIDTH)[None, :, None]
+        scale, minimum = split_parameters(tl.load(base[:, None, None] + index[None, :, :], mask=is_word, other=0))
+        parts = tl.reshape(codes, [codes.shape[0], NUM_WORDS, 2, PARTS, 2])
+        parts = parts * scale[:, :, None, :, None] + minimum[:, :, None, :, None]
+        numbers = tl.reshape(parts, codes.shape)
+    return numbers
+
+
+@triton.jit
 def load_numbers(
     pages,
     raw,
@@ -196,13 +226,5 @@ def load_numbers(
         numbers = load_codes(pages, row, is_seen, SHAPE, SIDE, BLOCK_D, dtype)
     else:
         codes = load_codes(pages, row, is_seen, SHAPE, SIDE, BLOCK_D, tl.float32)
-        channel, is_channel = channels_of_codes(SHAPE, SIDE, BLOCK_D)
-        if SIDE.by_token:
-            first, index = slot // SIDE.group_size * SHAPE.head_dim, channel
-        else:
-            first, index = slot * (SHAPE.head_dim // SIDE.group_size), channel // SIDE.group_size
-        place = pages + ((head + SIDE.parameters) // 4 + first)[:, None] + index[None, :]
-        words = tl.load(place, mask=is_seen[:, None] & is_channel[None, :], other=0)
-        scale, minimum = split_parameters(words)
-        numbers = (codes * scale + minimum).to(dtype)
+        numbers = codes_times_parameters(codes, pages, head, slot, is_seen, SHAPE, SIDE).to(dtype)
     return numbers

@@ -53,12 +53,18 @@ def code_side(layout: PageLayout, side: Side) -> CodeSide:
 
 def choose_tiles(kind: DeviceKind, dtype: torch.dtype, layout: PageLayout, *, most_rows: int) -> Tiles:
     """Return the sizes for queries of `dtype` where a sequence has up to `most_rows` rows of one key/value head."""
+    padded = padded_head_dim(layout.head_dim)
+    # Codes take registers while they become numbers: fewer keys at once, and fewer rows where features are filled up.
+    most_rows = most_rows if padded == layout.head_dim else min(most_rows, 16)
     tiles = triton_attention.choose_tiles(kind, dtype, layout.head_dim, most_rows=most_rows)
-    # Codes take registers while they become numbers.
-    if kind.is_hip and kind.wave_size == 32:
+    keys, options = 16 if padded > 128 else min(tiles.keys, 32), tiles.options
+    if not kind.is_hip:
+        # Left to itself the compiler keeps registers in memory to make room for one more program.
+        options = options | {"maxnreg": 255}
+    elif kind.wave_size == 32:
         # A thread has 256 registers here, and the matrix unit wants operands twice.
-        return replace(tiles, keys=16, options=tiles.options | {"num_warps": max(8, tiles.options["num_warps"])})
-    return replace(tiles, keys=min(tiles.keys, 32))
+        keys, options = 16, options | {"num_warps": max(8, options["num_warps"])}
+    return replace(tiles, keys=keys, options=options)
 
 
 def store(key_TKD: torch.Tensor, value_TKD: torch.Tensor, storage: CacheStorage, batch: CacheBatch) -> None:

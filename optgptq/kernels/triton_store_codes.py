@@ -29,6 +29,11 @@ def num_parts(side: CodeSide) -> int:
     return 8 if side.bits == 3 else 8 // side.bits
 
 
+def group_warps(num_numbers: int) -> int:
+    """Return the warps for a group of tokens of one head: 32 numbers for each thread, as far as there are threads."""
+    return min(max(num_numbers // 1024, 4), 16)
+
+
 def store_side(
     x_TKD: torch.Tensor,
     storage: CacheStorage,
@@ -96,6 +101,7 @@ def _store_groups(
 ) -> None:
     num_tokens, num_kv_heads, head_dim = x_TKD.shape
     pages, exact = batch.pages, batch.exact
+    block_d, block_t = padded_head_dim(head_dim), 1 << (constants.group_size - 1).bit_length()
     kept = storage.exact_keys_ZKDY if side == "keys" else storage.exact_values_ZKYD
     store_groups_of_side[(num_tokens, num_kv_heads)](
         x_TKD,
@@ -114,9 +120,9 @@ def _store_groups(
         SHAPE=shape,
         SIDE=constants,
         PARTS=num_parts(constants),
-        BLOCK_D=padded_head_dim(head_dim),
-        BLOCK_T=1 << (constants.group_size - 1).bit_length(),
+        BLOCK_D=block_d,
+        BLOCK_T=block_t,
         SEARCHED=len(codec.ranges_C2) > 1,
         TRANSPOSED=side == "keys",
-        **ROUNDED_OPTIONS,
+        **ROUNDED_OPTIONS | {"num_warps": group_warps(block_d * block_t)},
     )

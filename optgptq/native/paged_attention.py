@@ -172,6 +172,7 @@ def _pages(keys_ZKDY: torch.Tensor, values_ZKYD: torch.Tensor) -> Pages:
 
 
 def sequences_fields(batch: PagedBatch) -> Sequences:
+    """Return what the library is told of the sequences of a step; the batch must outlive the call."""
     starts, contexts, table = batch.query_start_R1, batch.context_R, batch.page_table_RP
     assert starts.dtype == contexts.dtype == table.dtype == torch.int32
     assert table.stride(1) == 1 or table.shape[1] <= 1
@@ -181,6 +182,7 @@ def sequences_fields(batch: PagedBatch) -> Sequences:
 
 
 def rule_fields(rule: ScoreRule, num_heads: int) -> Rule:
+    """Return what the library is told of a rule; the rule must outlive the call."""
     pointers = []
     for numbers_N in (rule.slopes_N, rule.sinks_N):
         assert numbers_N is None or (numbers_N.dtype == torch.float32 and numbers_N.shape == (num_heads,))
@@ -190,6 +192,7 @@ def rule_fields(rule: ScoreRule, num_heads: int) -> Rule:
 
 
 def numbered_path(path: str | None) -> tuple[Library, int]:
+    """Return the library and the number of an instruction set, of the fastest for None."""
     library = load_library()
     assert library is not None
     return library, PATHS[path or library.paths[0]]

@@ -148,8 +148,8 @@ def attend(
 ) -> torch.Tensor:
     """Return attention `[T, N, D]` in the dtype of the queries; computed in float32.
 
-    A row has the same bits in any batch, on any number of threads, and however its sequence is cut into parts as long as
-    `first_exact_T` of the row is the same.
+    A row has the same bits in any batch, on any number of threads, and however its sequence is cut into parts, as long
+    as its `first_exact_T` is the same.
     """
     query, key, value = float_rows(query_TND), float_rows(key_TKD), float_rows(value_TKD)
     output = torch.empty(query.shape, dtype=torch.float32)

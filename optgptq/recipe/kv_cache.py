@@ -67,7 +67,8 @@ class KVCacheRecipe(Section):
         description="first tokens of a text that are kept in 16 bits; null: 0, 4 or 64 for at least 8, 3 or 2 bits",
     )
     recent_tokens: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] | None = Field(
-        default=None, description="last tokens that are read in 16 bits; null: 0, or 128 at 2 bits"
+        default=None,
+        description="last tokens that are read in 16 bits; null: 0, 16, 32 or 128 for at least 8, 4, 3 or 2 bits",
     )
     past_only: PastOnly = Field(
         default="chunk",
@@ -96,7 +97,7 @@ class KVCacheRecipe(Section):
     skip_layers: LayerNumbers | None = Field(
         default=None, description="decoder layers that keep 16 bits, whatever else is said of them"
     )
-    num_windows: PositiveInt = Field(default=32, description="calibration windows that are read for the cache")
+    num_windows: PositiveInt = Field(default=16, description="calibration windows that are read for the cache")
     fold: StrictBool = Field(
         default=False, description="scales go into the weights before these are quantized, where that changes nothing"
     )

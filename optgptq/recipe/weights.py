@@ -38,9 +38,10 @@ class WeightRecipe(Section):
 
     method: MethodOrNone = Field(
         default="gptq",
-        description="none leaves all weights as they are; rtn rounds to nearest; gptq compensates each column's error in the next; attention_aware also "
-        "sees what attention makes of queries, keys and values (section attention); binary and attention_aware_binary "
-        "do the same with sums of signs in place of uniform grids (section binary); gptqt is binary as published",
+        description="none leaves all weights as they are; rtn rounds to nearest; gptq compensates each column's error "
+        "in the next; attention_aware also sees what attention makes of queries, keys and values (section attention); "
+        "binary and attention_aware_binary do the same with sums of signs in place of uniform grids (section binary); "
+        "gptqt is binary as published",
     )
     bits: Bits = Field(default=4, description="bits per code")
     group_size: GroupSize = Field(default=128, description="columns that share a scale; -1 for one scale per row")

@@ -14,7 +14,15 @@ from optgptq.errors import ModelError, UsageError
 from optgptq.formats.kv_cache_config import data_free_setup, read_cache_setup
 from optgptq.kv_cache.page_layout import CHANNEL_MULTIPLE, PAGE_MULTIPLE, PageLayout, bits_per_value
 from optgptq.kv_cache.rotary_pairs import RotaryPairs
-from optgptq.kv_cache.scheme import CacheScheme, LayerScheme, PastRule, SideScheme, parse_past_mode
+from optgptq.kv_cache.scheme import (
+    USUAL_RECENT_TOKENS,
+    USUAL_SINK_TOKENS,
+    CacheScheme,
+    LayerScheme,
+    PastRule,
+    SideScheme,
+    parse_past_mode,
+)
 from optgptq.kv_cache.setup import CacheSetup
 from optgptq.models.spec import DecoderSpec
 from optgptq.runtime.engine_settings import CACHE_OF_CHECKPOINT, DATA_FREE_BITS, EngineSettings
@@ -24,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 # Goes up when bytes of a page mean something else than before.
 _LAYOUT_VERSION = 1
-# Without calibration: first tokens of a text, and last ones, that are kept in full precision.
-_DATA_FREE_SINKS = {8: 0, 4: 4, 3: 4, 2: 64}
-_DATA_FREE_RECENT = {8: 0, 4: 0, 3: 0, 2: 128}
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -167,6 +172,8 @@ def exact_pages(spec: DecoderSpec, cache: CachePlan | None, *, page_size: int, n
         window=cache.past.kept_window,
         layers=layers,
         page_bytes=sum(plain[index] for index in layers),
+        # Where texts depend on steps anyway, keys of an earlier step may as well be read from codes.
+        forgets_window=cache.past.depends_on_steps,
     )
 
 
@@ -177,7 +184,7 @@ def _chosen_setup(setup: CacheSetup | None, spec: DecoderSpec, settings: EngineS
     if bits is None:
         return None
     _require_head_size(spec)
-    past = PastRule(sink_tokens=_DATA_FREE_SINKS[bits], recent_tokens=_DATA_FREE_RECENT[bits])
+    past = PastRule(sink_tokens=USUAL_SINK_TOKENS[bits], recent_tokens=USUAL_RECENT_TOKENS[bits])
     return data_free_setup(
         bits, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, past=past
     )

@@ -21,12 +21,14 @@ class ExactPages:
         window: tokens before the next one; 0 for none.
         layers: indices of the quantized layers.
         page_bytes: of one page in all these layers together.
+        forgets_window: a step takes pages for what is seen after it alone.
     """
 
     num_sinks: int
     window: int
     layers: tuple[int, ...]
     page_bytes: int
+    forgets_window: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class LayerGroup:
         num_sinks: first tokens of a text that are kept whatever the window.
         step_pages: pages that the tokens of a step take besides, once for all texts.
         is_exact: the exact pages of quantized layers; their codes are in other groups.
+        forgets_window: as the scheduler's groups.
     """
 
     window: int | None
@@ -50,6 +53,7 @@ class LayerGroup:
     num_sinks: int = 0
     step_pages: int = 0
     is_exact: bool = False
+    forgets_window: bool = False
 
     @property
     def text_bytes(self) -> int:
@@ -101,18 +105,21 @@ def _exact_group(exact: ExactPages, *, page_size: int, whole: int, max_step_toke
     """Return the group of exact pages; `whole` pages hold a text of the greatest length.
 
     A window is narrow beside a step, so that the pages of a step's tokens are counted once: those that its last tokens
-    do not see come back when it is done. Without a window no page but those of the first tokens is ever taken.
+    do not see come back when it is done. Without a window no page but those of the first tokens is ever taken, with one
+    that is forgotten no page that the step leaves unseen.
     """
     pages = -(-exact.num_sinks // page_size)
     if exact.window:
         pages += (exact.window + page_size - 2) // page_size + 1
     pages = min(whole, pages)
+    takes_steps = exact.window > 0 and not exact.forgets_window
     return LayerGroup(
         window=exact.window,
         layers=exact.layers,
         page_bytes=exact.page_bytes,
         pages_per_text=pages,
         num_sinks=exact.num_sinks,
-        step_pages=min(whole - pages, -(-max_step_tokens // page_size)) if exact.window else 0,
+        step_pages=min(whole - pages, -(-max_step_tokens // page_size)) if takes_steps else 0,
         is_exact=True,
+        forgets_window=exact.forgets_window,
     )

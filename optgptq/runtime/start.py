@@ -76,7 +76,6 @@ def start_runner(
         settings,
         step_tokens=settings.step_tokens(device.type),
         max_running=settings.running(device.type),
-        forgets_window=cache is not None and cache.past.depends_on_steps,
     )
 
 
@@ -159,18 +158,9 @@ def _require_positions(spec: DecoderSpec, max_length: int | None) -> None:
 
 
 def scheduler_settings(
-    plan: MemoryPlan,
-    spec: DecoderSpec,
-    settings: EngineSettings,
-    *,
-    step_tokens: int,
-    max_running: int,
-    forgets_window: bool = False,
+    plan: MemoryPlan, spec: DecoderSpec, settings: EngineSettings, *, step_tokens: int, max_running: int
 ) -> SchedulerSettings:
-    """Return what the scheduler has to know of the model and the memory.
-
-    With `forgets_window` the last keys of a cached prefix are read from codes.
-    """
+    """Return what the scheduler has to know of the model and the memory."""
     restarts = {rope.original_max_position for rope in spec.ropes if rope.kind == "longrope"}
     return SchedulerSettings(
         page_size=plan.page_size,
@@ -179,7 +169,7 @@ def scheduler_settings(
                 num_pages=pages,
                 window=group.window,
                 num_sinks=group.num_sinks,
-                forgets_window=forgets_window and group.is_exact,
+                forgets_window=group.forgets_window,
             )
             for group, pages in zip(plan.groups, plan.num_pages, strict=True)
         ),

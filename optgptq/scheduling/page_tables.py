@@ -43,6 +43,11 @@ class PageTables:
             sinks if group.forgets_window else taken
             for group, sinks, taken in zip(settings.groups, self._num_sink_pages, self._num_taken, strict=True)
         ]
+        # Free pages that are enough for a step of any length.
+        self._enough = [
+            group.most_visible_pages(settings.page_size) or sys.maxsize if group.forgets_window else sys.maxsize
+            for group in settings.groups
+        ]
         self._forgets = any(group.forgets_window for group in settings.groups)
         self._windowed = [index for index, group in enumerate(settings.groups) if group.window]
         self.allocators = tuple(PageAllocator(group.num_pages) for group in settings.groups)
@@ -74,8 +79,9 @@ class PageTables:
         """Return up to where a table of `num_pages` entries can grow; 0 with a negative number of free pages."""
         if num_free < 0:
             return 0
-        num_pages += num_free
-        return sys.maxsize if num_pages >= self._num_taken[group] else num_pages * self._page_size
+        if num_free >= self._enough[group] or num_pages + num_free >= self._num_taken[group]:
+            return sys.maxsize
+        return (num_pages + num_free) * self._page_size
 
     def room_after(self, prefix: Prefix, *, keep_watermark: bool) -> int:
         """Return how many positions the free pages hold after a prefix that was found."""
@@ -101,8 +107,16 @@ class PageTables:
                 table[-1] = own
                 copies.append(PageCopy(group, shared, own))
             while len(table) < num_pages:
-                table.append(allocator.allocate() if len(table) < self._num_taken[group] else 0)
+                table.append(allocator.allocate() if self._takes(group, len(table), end) else 0)
         return copies
+
+    def _takes(self, group: int, number: int, end: int) -> bool:
+        """Return whether a sequence takes page `number` in a step up to position `end` - 1."""
+        if number >= self._num_taken[group]:
+            return False
+        kept = self._groups[group]
+        is_left_out = kept.forgets_window and number < kept.first_visible_page(end, self._page_size)
+        return number < self._num_sink_pages[group] or not is_left_out
 
     def _writes_to_shared(self, allocator: PageAllocator, table: list[int], begin: int) -> bool:
         """Return whether position `begin` lies in a page that others hold too."""
@@ -145,7 +159,8 @@ class PageTables:
         table = sequence.page_tables[group]
         first = self._groups[group].first_visible_page(sequence.num_computed, self._page_size)
         for number in range(max(self._num_sink_pages[group], sequence.num_given_back[group]), first):
-            self.allocators[group].release(table[number])
+            if table[number]:
+                self.allocators[group].release(table[number])
             table[number] = 0
         sequence.num_given_back[group] = max(first, sequence.num_given_back[group])
 
@@ -169,7 +184,8 @@ class PageTables:
             sinks = self._num_sink_pages[group]
             rest = table[max(sinks, sequence.num_given_back[group]) : self._num_taken[group]]
             for page in reversed(table[:sinks] + rest):
-                allocator.release(page)
+                if page:
+                    allocator.release(page)
             sequence.page_tables[group] = []
             sequence.num_given_back[group] = 0
         sequence.num_computed = sequence.num_committed = sequence.seen_from = 0

@@ -15,8 +15,11 @@ class PageGroup:
     `num_pages` counts page 0, which is never handed out: padded rows of a graph write there. With a `window` a query at
     position q sees the keys q - window + 1 .. q; None: all keys up to its own. The first `num_sinks` positions are seen
     by all queries, whatever the window. With a window of 0 these are the only ones that are kept: no sequence takes a
-    page for others, and what is stored for them goes to page 0. With `forgets_window` later texts do not find pages beyond
-    those of sinks: a text that begins with a cached prefix sees no key of it here but the sinks (`Sequence.seen_from`).
+    page for others, and what is stored for them goes to page 0.
+
+    With `forgets_window` a step takes pages only for what is seen after it, besides those of sinks; what its other
+    tokens store goes to page 0. Later texts find the pages of sinks alone: a text that begins with a cached prefix sees
+    no other key of it here (`Sequence.seen_from`).
     """
 
     num_pages: int
@@ -139,8 +142,9 @@ class SchedulerSettings:
         rooms = [self.max_length]
         for group in self.groups:
             span = group.most_visible_pages(self.page_size)
-            if span is not None and group.window:
-                rooms.append((group.num_usable - self.watermark(group) - span) * self.page_size)
+            num_free = group.num_usable - self.watermark(group)
+            if span is not None and group.window and not (group.forgets_window and span <= num_free):
+                rooms.append((num_free - span) * self.page_size)
         return max(1, min(rooms))
 
     def restart_level(self, length: int) -> int:

@@ -96,6 +96,20 @@ def test_options_reach_the_sampler(capsys):
     assert longer["token_ids"] == plain["token_ids"]
 
 
+def test_keys_and_values_in_few_bits(capsys):
+    ask = ["generate", "bundled:story-llama", "Once upon a time", "--max-tokens", "8", "--set", "max_length=64"]
+    assert main([*ask, "--kv-cache", "8", "--past-only", "window:16"]) == 0
+    captured = capsys.readouterr()
+    assert "9.00 bits per number of keys, 9.00 of values, past-only window:16" in captured.err
+    text = captured.out
+    assert main([*ask, "--kv-cache", "16", "--quiet"]) == 0
+    assert capsys.readouterr() == (text, "")
+    assert main([*ask, "--kv-cache", "9"]) == 2
+    assert "one of checkpoint, 16, 8, 4, 3, 2" in capsys.readouterr().err
+    assert main([*ask, "--kv-cache", "4", "--past-only", "recent:3"]) == 2
+    assert "window:N" in capsys.readouterr().err
+
+
 def test_several_texts_of_a_prompt_are_apart_and_can_be_had_again(capsys):
     arguments = [STORY, "Tom", "Lily", "-n", "3", "--temperature", "1", "--min-p", "0.01", "--seed", "5"]
     entries = texts(capsys, *arguments)

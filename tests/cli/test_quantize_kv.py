@@ -55,7 +55,7 @@ def test_the_summary_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert lines["bits per weight"] == "as they were"
     assert lines["KV cache, bits per key and value"] == "12.333, 12.333"
     assert lines["KV cache, bytes per token"] == "1,184, 1,536 in 16 bits"
-    assert lines["exact keys"] == "chunk, first 4, last 0"
+    assert lines["exact keys"] == "chunk, first 4, last 16"
     assert "rounded to the nearest" in lines["KL on held-out windows"]
     assert "6 decoder layers, kv4, dense\n" in captured.err
     assert "kv cache: decoder layer 6/6" in captured.err

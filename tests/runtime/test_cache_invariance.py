@@ -93,8 +93,8 @@ def test_bits_are_the_same_in_any_company(case, numbers, max_step_tokens, prefix
 
 
 def test_texts_that_push_each_other_out(case) -> None:
-    """Memory for one text of 48 tokens: two begin in a page each, and grow."""
-    prompts = prompts_of(14, 15)
+    """Memory for one text of 48 tokens: three begin in a page each, and grow."""
+    prompts = prompts_of(13, 14, 15)
     sizes = {"max_length": 48, "max_step_tokens": 20, "prefix_cache": False}
     expected = [outcomes(case.engine(**sizes), [prompt], num_new=6)[0] for prompt in prompts]
     room = case.engine(max_running=1, **sizes).runner.attend.pool.plan.num_bytes

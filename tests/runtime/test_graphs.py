@@ -124,3 +124,17 @@ def test_recorded_steps_on_a_gpu():
         engine = Engine(decoder, None, EngineSettings(max_length=64, max_running=8, graphs=graphs))
         results.append([result.token_ids for result in generate(engine, prompts, GREEDY)])
     assert results[0] == results[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("past_only", ["token", "window:24", "chunk"])
+def test_recorded_steps_of_a_quantized_cache_on_a_gpu(past_only):
+    results = []
+    for graphs in (True, False):
+        decoder = load_model(bundled_path("bundled:story-llama"), dtype=torch.bfloat16, device="cuda")
+        settings = EngineSettings(max_length=64, max_running=8, graphs=graphs, kv_cache="4", past_only=past_only)
+        engine = Engine(decoder, None, settings)
+        assert (engine.runner.graphs is not None) == graphs
+        results.append([result.token_ids for result in generate(engine, PROMPTS[:3], GREEDY)])
+    assert results[0] == results[1]

@@ -182,3 +182,18 @@ def test_other_dtypes(folders: dict[str, Path], dtype: str) -> None:
     llm = LLM(folders["dense"], dtype=dtype, settings=SETTINGS)
     assert llm.engine.runner.attend.pool.layers[0].keys_ZKDY.dtype == getattr(torch, dtype)
     assert [len(result.token_ids) for result in llm.generate(PROMPTS, GREEDY)] == [12] * 3
+
+
+def test_a_cache_in_place_of_that_of_the_settings() -> None:
+    sizes = EngineSettings(max_running=2, max_length=64, kv_cache="8", past_only="off")
+    cache = LLM("bundled:story-llama", settings=sizes, kv_cache="4", past_only="window:32").engine.cache
+    assert cache is not None
+    assert (cache.past.name, cache.setup.source) == ("window:32", "4 bits without calibration")
+    assert LLM("bundled:story-llama", settings=sizes, kv_cache="16").engine.cache is None
+    llm = LLM("bundled:story-llama", settings=sizes)
+    assert (llm.engine.cache.past.name, llm.engine.cache.key_bits) == ("off", 9)
+    plain = LLM("bundled:story-llama", settings=sizes, kv_cache="checkpoint")
+    (found, expected) = (one.generate("Once upon a time", GREEDY)[0].text for one in (llm, plain))
+    assert found == expected
+    with pytest.raises(UsageError, match="one of checkpoint, 16, 8, 4, 3, 2"):
+        LLM("bundled:story-llama", kv_cache="5")

@@ -1,10 +1,6 @@
 // Attention over codes: parts of sequences are shared out among threads. What Python calls, by ctypes; 0 means done.
 #include "cache_attention.hpp"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
+#include "processor.hpp"
 #include "threads.hpp"
 
 extern "C" int optgptq_supported(int path);
@@ -19,15 +15,6 @@ constexpr double kWorkPerThread = 8e6;
 constexpr std::int64_t kRowsPerItem = 32;
 // Tokens of one head that are stored one after the other.
 constexpr std::int64_t kStoredTokens = 16;
-
-bool converts_halves() {
-#if defined(__x86_64__)
-  unsigned int eax, ebx, ecx, edx;
-  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
-#else
-  return false;
-#endif
-}
 
 CachePath path_of(int path) {
 #if defined(__x86_64__)

@@ -33,7 +33,8 @@ OPTGPTQ_INLINE void put_value(const N* value, std::int64_t head_dim, float* to) 
 
 template <class N>
 void copy_raw(
-    const CacheSide& side, std::int64_t head_dim, const TilePlace& place, const Blocks& blocks, bool is_key, float* to) {
+    const CacheSide& side, std::int64_t head_dim, const TilePlace& place, const Blocks& blocks, bool is_key,
+    float* to) {
   const std::uint8_t* rows[kBlocks];
   rows_of(side, blocks, rows);
   for (std::int64_t key = place.begin; key < place.end; ++key) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cache_exact.hpp"
+#include "cache_unpack.hpp"
 
 namespace optgptq {
 namespace OPTGPTQ_PATH {

@@ -1,7 +1,7 @@
 // Attention over codes and their making for one instruction set.
 #pragma once
 
-#include "cache_rows.hpp"
+#include "cache_attend.hpp"
 #include "cache_store.hpp"
 
 namespace optgptq {

@@ -120,7 +120,8 @@ inline void store_side(const CacheStoreCall& call, const CacheStoreItem& item, b
   for (std::int64_t token = item.first; token < item.first + item.num_tokens; ++token) {
     const float* x = vectors.first + token * vectors.token_stride + item.kv_head * vectors.head_stride;
     const std::int64_t slot = call.slot[token] % page_size;
-    std::uint8_t* head = pages.bytes + call.slot[token] / page_size * pages.page_bytes + item.kv_head * pages.head_bytes;
+    std::uint8_t* page = pages.bytes + call.slot[token] / page_size * pages.page_bytes;
+    std::uint8_t* head = page + item.kv_head * pages.head_bytes;
     std::uint8_t* row = head + side.codes + slot * side.row_bytes;
     if (side.bits == kExactBits) {
       write_raw(pages, x, row);
@@ -143,7 +144,10 @@ inline void store_codes_of(const CacheStoreCall& call, const CacheStoreItem& ite
 template <class N>
 void read_exact(const Pages& exact, std::int64_t head, std::int64_t slot, bool is_key, float* to) {
   const std::int64_t of_head = exact.head_dim * exact.page_size;
-  if (!is_key) return put_value(static_cast<const N*>(exact.values) + head * of_head + slot * exact.head_dim, exact.head_dim, to);
+  if (!is_key) {
+    const N* value = static_cast<const N*>(exact.values) + head * of_head + slot * exact.head_dim;
+    return put_value(value, exact.head_dim, to);
+  }
   const N* from = static_cast<const N*>(exact.keys) + head * of_head + slot;
   for (std::int64_t channel = 0; channel < exact.head_dim; ++channel) {
     to[channel] = load_some(from + channel * exact.page_size, 1)[0];

@@ -1,10 +1,6 @@
 // Paged attention: parts of sequences are shared out among threads. What Python calls, by ctypes; 0 means done.
 #include "paged_attention.hpp"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
+#include "processor.hpp"
 #include "threads.hpp"
 
 extern "C" int optgptq_supported(int path);
@@ -20,16 +16,6 @@ constexpr double kWorkPerThread = 8e6;
 constexpr std::int64_t kNumbersPerThread = 1 << 18;
 // Query heads of one key/value head that are worked on one after the other while a tile of keys is in the cache.
 constexpr std::int64_t kRowsPerItem = 32;
-
-// AVX2 says nothing of conversions of half precision, though every processor with it has them.
-bool converts_halves() {
-#if defined(__x86_64__)
-  unsigned int eax, ebx, ecx, edx;
-  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
-#else
-  return false;
-#endif
-}
 
 // A vector of keys must not leave its page: shorter vectors where pages are no multiple of it.
 PagedPath path_of(int path, std::int64_t page_size) {
