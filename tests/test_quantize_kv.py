@@ -195,7 +195,8 @@ def test_groups_of_tokens_and_windows(models: dict[str, Path], tmp_path: Path) -
     recipe = recipe_of(
         bits=2, key_axis="token", key_group_tokens=16, past_only="window:32", sink_tokens=3, recent_tokens=5
     )
-    quantize(models["llama-multi_head_biases"], recipe, output)
+    longer = recipe.calibration.model_copy(update={"window_size": 40})
+    quantize(models["llama-multi_head_biases"], recipe.model_copy(update={"calibration": longer}), output)
     past = setup_of(output).scheme.past
     assert (past.name, past.sink_tokens, past.recent_tokens, past.granule) == ("window:32", 3, 5, 16)
     assert all(len(tokens) == 6 for tokens in written(output))

@@ -79,6 +79,15 @@ def test_one_window_is_too_few(model: Path, tmp_path: Path) -> None:
     assert error.found == "1"
 
 
+def test_windows_without_a_key_that_is_read_from_codes(model: Path, tmp_path: Path) -> None:
+    error = refused(RecipeError, model, tmp_path / "out", recipe_of(sink_tokens=4, recent_tokens=12))
+    assert (error.where, error.found) == (
+        "calibration.window_size",
+        "16 tokens, with the first 4 and the last 12 exact",
+    )
+    quantize(model, recipe_of(sink_tokens=4, recent_tokens=12, calibrated=False), tmp_path / "out")
+
+
 def test_a_calibration_that_fails_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> CalibratedCache:
         raise NumericalError("keys", expected="finite", found="NaN", action="Check the weights of the model.")

@@ -29,10 +29,12 @@ class ReferenceAttend:
     Attributes:
         plan: the quantized cache.
         begins: of each position, where the step that computed it began; only mode `chunk` depends on it.
+        seen_from: tokens of a prefix that was found in the cache, where only their codes and the sinks are kept.
     """
 
     plan: CachePlan
     begins: Sequence[int]
+    seen_from: int = 0
 
     def __call__(
         self,
@@ -66,6 +68,9 @@ class ReferenceAttend:
         """Return which keys each query reads as they were computed, `[S, S]`."""
         past = self.plan.past
         firsts = [past.first_exact(position, begin) for position, begin in enumerate(self.begins)]
+        firsts = [
+            max(first, self.seen_from) if place >= self.seen_from else first for place, first in enumerate(firsts)
+        ]
         key_S = torch.arange(len(firsts), device=device)
         first_S1 = torch.tensor(firsts, device=device).unsqueeze(1)
         return (key_S >= first_S1) | (key_S < past.sink_tokens)

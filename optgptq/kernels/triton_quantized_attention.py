@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -24,6 +25,7 @@ from optgptq.kv_cache.page_layout import PageLayout
 from optgptq.kv_cache.page_planes import Side, side_scheme
 
 
+@cache
 def page_shape(layout: PageLayout) -> PageShape:
     """Return a page as constants of a kernel."""
     return PageShape(
@@ -36,6 +38,7 @@ def page_shape(layout: PageLayout) -> PageShape:
     )
 
 
+@cache
 def code_side(layout: PageLayout, side: Side) -> CodeSide:
     """Return keys or values of a page as constants of a kernel."""
     scheme, is_key = side_scheme(layout, side), side == "keys"
@@ -112,6 +115,7 @@ def attend(
         return output_TND
     assert storage.pages_ZB.is_contiguous()
     assert pages.page_table_RP.is_contiguous()
+    assert batch.exact is None or batch.exact.page_table_RP.is_contiguous()
     step = [triton_attention.with_whole_tokens(heads) for heads in (query_TND, key_TKD, value_TKD)]
     most_rows = pages.max_query * (num_heads // layout.num_kv_heads)
     tiles = choose_tiles(device_kind(query_TND.device), query_TND.dtype, layout, most_rows=most_rows)

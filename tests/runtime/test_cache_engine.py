@@ -63,16 +63,18 @@ def test_texts_in_company_are_those_of_the_definition(models, name, mode) -> Non
         assert agree(logprob_errors(engine, prompt, outcome))
 
 
-@pytest.mark.parametrize("name", ["llama-grouped_query", "gemma2-softcaps", "bloom-six_heads"])
-def test_a_chunk_is_exact_to_itself(models, name) -> None:
+@pytest.mark.parametrize(
+    ("name", "recent"), [("llama-grouped_query", 0), ("gemma2-softcaps", 9), ("bloom-six_heads", 17)]
+)
+def test_a_chunk_is_exact_to_itself(models, name, recent) -> None:
     folder, spec = models(name)
-    setup = random_setup(spec, KINDS, PastRule(mode="chunk", sink_tokens=3))
+    setup = random_setup(spec, KINDS, PastRule(mode="chunk", sink_tokens=3, recent_tokens=recent))
     engine = cached_engine(folder, setup, max_step_tokens=13, prefix_cache=False)
     for prompt in prompts_of(*SIZES):
         (outcome,) = outcomes(engine, [prompt])
         assert agree(logprob_errors(engine, prompt, outcome, step_tokens=13))
-    # With other steps it is another text.
-    assert median(logprob_errors(engine, prompts_of(40)[0], outcomes(engine, prompts_of(40))[0])) > 1e-3
+    # With other steps it is another text, where the last tokens are not exact in any case.
+    assert recent or median(logprob_errors(engine, prompts_of(40)[0], outcomes(engine, prompts_of(40))[0])) > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["token", "window", "chunk"])

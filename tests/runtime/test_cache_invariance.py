@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -132,10 +133,11 @@ def test_several_texts_of_a_prompt_are_each_what_they_are_alone(case) -> None:
         assert all(again[0].get(token, value) == value for token, value in logprobs[11].items())
 
 
-def test_a_prefix_is_valid_in_chunk_mode(models) -> None:
-    """Not the bits of a cold run: what was a step of its own is read from codes."""
+@pytest.mark.parametrize("past", [PastRule(), PastRule(recent_tokens=21, sink_tokens=5)], ids=["plain", "recent"])
+def test_a_prefix_is_valid_in_chunk_mode(models, past) -> None:
+    """Not the bits of a cold run: what was a step of its own is read from codes, its last tokens too."""
     folder, spec = models("llama-grouped_query")
-    setup = random_setup(spec, ["8"], PastRule(mode="chunk"))
+    setup = random_setup(spec, ["3"], past)
     engine = cached_engine(folder, setup, max_step_tokens=70)
     outcomes(engine, [SHARED])
     prompt = list(PROMPTS[2])
@@ -143,7 +145,9 @@ def test_a_prefix_is_valid_in_chunk_mode(models) -> None:
     assert engine.usage().prefix_hit_tokens == 32
     text = prompt + outcome[0][:-1]
     begins = [0] * 32 + [32] * (len(prompt) - 32) + list(range(len(prompt), len(text)))
-    assert agree(logprob_errors(engine, prompt, outcome, begins=begins))
+    assert agree(logprob_errors(engine, prompt, outcome, begins=begins, seen_from=32))
+    cold = cached_engine(folder, setup, max_step_tokens=70, prefix_cache=False)
+    assert outcomes(cold, [prompt])[0][1] != outcome[1]
 
 
 def test_deterministic_steps_refuse_what_depends_on_them(models) -> None:
@@ -176,7 +180,6 @@ def test_codes_of_a_token_are_read_from_the_next_step_on(models, mode) -> None:
 
 def _corrupting(choice, *, position: int):
     """Return kernels that write other bytes over the codes of the token at a position when it was stored."""
-    from dataclasses import replace
 
     def store(key_TKD, value_TKD, storage, batch) -> None:
         choice.store(key_TKD, value_TKD, storage, batch)
@@ -189,7 +192,7 @@ def _corrupting(choice, *, position: int):
     return replace(choice, store=store)
 
 
-def test_greedy_texts_of_a_prompt_that_is_sampled_in_float64(models) -> None:
+def test_a_model_in_float64_runs(models) -> None:
     folder, spec = models("llama-grouped_query")
     engine = cached_engine(folder, random_setup(spec, ["4"], PASTS["window"]), dtype=torch.float64)
     name = engine.submit(PROMPTS[2], SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))

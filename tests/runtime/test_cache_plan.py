@@ -8,7 +8,7 @@ from hashlib import sha256
 
 import pytest
 import torch
-from support.cached_engines import cached_engine, cached_model, outcomes, prompts_of, random_setup, write_cached_model
+from support.cached_engines import cached_engine, outcomes, prompts_of, random_setup, write_cached_model
 from support.tiny_models import TINY_MODELS, reference_model, save_reference
 
 from optgptq.checkpoint.folder import CheckpointFolder
@@ -23,6 +23,7 @@ from optgptq.runtime.cache_plan import CachePlan, layer_page_bytes, plan_cache
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.llm import load_for_engine, with_cache
 from optgptq.runtime.page_pool import LayerPages
+from optgptq.scheduling.sampling_params import SamplingParams
 
 PAST = PastRule(mode="token", sink_tokens=3)
 
@@ -55,7 +56,7 @@ def test_what_the_folder_says_and_what_takes_its_place(spec) -> None:
     assert plan(spec, setup, kv_cache="16") is None
     assert plan(spec, random_setup(spec, ["16"], PAST)) is None
     assert plan(spec, setup, past_only="window:48").past == replace(PAST, mode="window", window=48)
-    for bits, sinks, recent in ((8, 0, 0), (4, 4, 0), (3, 4, 0), (2, 64, 128)):
+    for bits, sinks, recent in ((8, 0, 0), (4, 4, 16), (3, 4, 32), (2, 64, 128)):
         free = plan(spec, setup, kv_cache=str(bits))
         assert free.setup is not setup
         assert free.past == PastRule(sink_tokens=sinks, recent_tokens=recent)
@@ -154,7 +155,7 @@ def test_names_of_pages_depend_on_all_that_decides_their_content(folder, spec) -
     names = []
     for engine in engines:
         assert len(engine.runner.prompt_salt(5)) == 40
-        engine.submit(prompt, _one())
+        engine.submit(prompt, SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True))
         engine.step()
         tables = engine.scheduler.tables
         names.append({name for name in tables.allocators[0]._names if name})
@@ -163,12 +164,6 @@ def test_names_of_pages_depend_on_all_that_decides_their_content(folder, spec) -
         assert all(one.isdisjoint(other) for other in names[:number])
     again = cached_engine(folder, random_setup(spec, ["4"], PAST))
     assert again.runner.prompt_salt(5) == engines[1].runner.prompt_salt(5)
-
-
-def _one():
-    from optgptq.scheduling.sampling_params import SamplingParams
-
-    return SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 
 
 def test_the_plan_counts_the_bytes_of_all_storages(folder, spec) -> None:
@@ -221,7 +216,3 @@ def test_settings_with_another_cache() -> None:
     changed = with_cache(base, "4", "token")
     assert (changed.kv_cache, changed.past_only, changed.max_running) == ("4", "token", 3)
     assert with_cache(None, None, None) == EngineSettings()
-
-
-def test_models_for_these_tests_have_heads_that_split() -> None:
-    assert cached_model("llama-grouped_query").values["head_dim"] == 16

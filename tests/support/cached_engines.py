@@ -65,6 +65,7 @@ def scheme_of(kind: str, head_dim: int) -> LayerScheme:
     return {
         "16": LayerScheme(keys=SideScheme(), values=SideScheme()),
         "8": LayerScheme(keys=whole[8], values=whole[8]),
+        "3": LayerScheme(keys=whole[3], values=whole[3]),
         "4": LayerScheme(keys=whole[4], values=whole[4]),
         "K3V16": LayerScheme(keys=whole[3], values=SideScheme()),
         "K16V2": LayerScheme(keys=SideScheme(), values=whole[2]),
@@ -134,11 +135,11 @@ def outcomes(engine: Engine, prompts: Sequence[list[int]], *, num_new: int = 12,
 
 @torch.inference_mode()
 def reference_logprobs(
-    engine: Engine, text: list[int], begins: Sequence[int], *, num_prompt_tokens: int
+    engine: Engine, text: list[int], begins: Sequence[int], *, num_prompt_tokens: int, seen_from: int = 0
 ) -> torch.Tensor:
     """Return log probabilities `[S, V]` of a text whose keys are read as the engine's cache says."""
     decoder, plan = engine.decoder, engine.cache
-    attend = None if plan is None else ReferenceAttend(plan=plan, begins=begins)
+    attend = None if plan is None else ReferenceAttend(plan=plan, begins=begins, seen_from=seen_from)
     positions, lengths = torch.arange(len(text)), None
     if "dynamic" in {rope.kind for rope in decoder.spec.ropes}:
         lengths = (positions + 1).clamp(min=num_prompt_tokens)
@@ -154,17 +155,20 @@ def logprob_errors(
     *,
     step_tokens: int | None = None,
     begins: Sequence[int] | None = None,
+    seen_from: int = 0,
 ) -> list[float]:
     """Return how far the logprobs of each token of a greedy text are from those of `ReferenceAttend`.
 
-    Where texts depend on steps: `step_tokens` of the prompt, or where the step of each position `begins`.
+    Where texts depend on steps: `step_tokens` of the prompt, or where the step of each position `begins`,
+    and from where on a prefix that was found is `seen_from` exact pages.
     """
     tokens, logprobs = outcome
     text = prompt + tokens[:-1]
     size = step_tokens or 1
     if begins is None:
         begins = [place - place % size if place < len(prompt) else place for place in range(len(text))]
-    expected_SV = reference_logprobs(engine, text, begins, num_prompt_tokens=len(prompt))[len(prompt) - 1 :]
+    scored = reference_logprobs(engine, text, begins, num_prompt_tokens=len(prompt), seen_from=seen_from)
+    expected_SV = scored[len(prompt) - 1 :]
     return [
         max(abs(float(row_V[token]) - found) for token, found in place.items())
         for row_V, place in zip(expected_SV, logprobs, strict=True)

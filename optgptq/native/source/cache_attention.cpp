@@ -77,7 +77,7 @@ double work_of_side(const CacheSide& side, std::int64_t head_dim) {
   const auto size = static_cast<double>(head_dim);
   if (side.bits == kExactBits) return size;
   const double ranges = size * 8.0 * static_cast<double>(side.num_ranges);
-  return side.metric == nullptr ? ranges : ranges + 12.0 * size * size + 400.0 * size;
+  return side.metric == nullptr ? ranges : ranges + 4.0 * size * size + 100.0 * size;
 }
 
 void store(const CacheStoreCall& call, int path_index, std::int64_t num_threads) {

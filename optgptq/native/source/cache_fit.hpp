@@ -42,6 +42,36 @@ OPTGPTQ_INLINE void add_row(float* to, const float* row, float factor, std::int6
   for (; index < end; ++index) to[index] += factor * row[index];
 }
 
+// Columns from `column` on in blocks of `F` vectors, then in ever smaller ones; returns the first that is left.
+template <int F>
+OPTGPTQ_INLINE std::int64_t sum_columns(
+    float* to, const float* rows, std::int64_t stride, const float* factors, std::int64_t count, std::int64_t size,
+    std::int64_t column) {
+  for (; column + F * kLanes <= size; column += F * kLanes) {
+    FloatVector sum[F] = {};
+    for (std::int64_t index = 0; index < count; ++index) {
+      const float* row = rows + index * stride + column;
+      const FloatVector factor = every(factors[index]);
+      for (int f = 0; f < F; ++f) sum[f] = multiply_add(load_numbers(row + f * kLanes), factor, sum[f]);
+    }
+    for (int f = 0; f < F; ++f) __builtin_memcpy(to + column + f * kLanes, &sum[f], sizeof(FloatVector));
+  }
+  if constexpr (F > 1) return sum_columns<F / 2>(to, rows, stride, factors, count, size, column);
+  return column;
+}
+
+// The sum of `count` rows by their factors; `size` numbers of each.
+inline void sum_rows(
+    float* to, const float* rows, std::int64_t stride, const float* factors, std::int64_t count, std::int64_t size) {
+  const std::int64_t first = sum_columns<4>(to, rows, stride, factors, count, size, 0);
+  for (std::int64_t column = first; column < size; ++column) to[column] = 0.0f;
+  for (std::int64_t index = 0; index < count; ++index) {
+    for (std::int64_t column = first; column < size; ++column) {
+      to[column] += factors[index] * rows[index * stride + column];
+    }
+  }
+}
+
 OPTGPTQ_INLINE float nearest_code(float x, Range range, float limit) {
   if (!(range.scale > 0.0f)) return 0.0f;
   const float place = (x - range.minimum) / range.scale;
@@ -86,10 +116,7 @@ inline float dot(const float* a, const float* b, std::int64_t count) {
 inline float search_codes(const Metric& metric, const float* x, Fit& fit) {
   const std::int64_t head_dim = metric.head_dim;
   set_error(metric, x, fit);
-  for (std::int64_t channel = 0; channel < head_dim; ++channel) fit.gradient[channel] = 0.0f;
-  for (std::int64_t channel = 0; channel < head_dim; ++channel) {
-    add_row(fit.gradient, metric.rows + channel * head_dim, fit.error[channel], 0, head_dim);
-  }
+  sum_rows(fit.gradient, metric.rows, head_dim, fit.error, head_dim, head_dim);
   for (std::int64_t channel = 0; channel < head_dim; ++channel) {
     const float scale = fit.ranges[channel / metric.group_size].scale, curve = scale * metric.diagonal[channel];
     if (!(curve > 0.0f)) continue;
@@ -110,10 +137,7 @@ inline Range refitted(const Metric& metric, const Fit& fit, std::int64_t group, 
   const std::int64_t size = metric.group_size, first = group * size;
   const float* code = fit.code + first;
   const float* gradient = fit.gradient + first;
-  for (std::int64_t index = 0; index < size; ++index) image[index] = 0.0f;
-  for (std::int64_t index = 0; index < size; ++index) {
-    add_row(image, metric.rows + (first + index) * metric.head_dim + first, code[index], 0, size);
-  }
+  sum_rows(image, metric.rows + first * metric.head_dim + first, metric.head_dim, code, size, size);
   const float cc = dot(code, image, size), cm = dot(metric.ones, image, size);
   const float cg = dot(code, gradient, size), mg = dot(metric.ones, gradient, size);
   const float mm = metric.block_sums[group], determinant = cc * mm - cm * cm;

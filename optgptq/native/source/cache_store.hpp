@@ -57,10 +57,8 @@ inline Metric metric_of(const CacheSide& side, std::int64_t head_dim, std::int64
   }
   for (std::int64_t group = 0; group < head_dim / side.group_size; ++group) {
     const std::int64_t first = group * side.group_size;
-    for (std::int64_t index = 0; index < side.group_size; ++index) space.image[index] = 0.0f;
-    for (std::int64_t index = 0; index < side.group_size; ++index) {
-      add_row(space.image, metric.rows + (first + index) * head_dim + first, 1.0f, 0, side.group_size);
-    }
+    const float* block = metric.rows + first * head_dim + first;
+    sum_rows(space.image, block, head_dim, space.ones, side.group_size, side.group_size);
     space.block_sums[group] = dot(space.ones, space.image, side.group_size);
   }
   metric.diagonal = space.diagonal;
