@@ -15,8 +15,8 @@ INTRODUCTION = """# Triton kernels as compiled
 
 Written by `python benchmarks/compiled_kernels.py --write`, with triton {version}. Every kernel is compiled for every
 target with the sizes and options that it is started with; `sm_` is CUDA, `gfx` is HIP. A cell is the 32-bit registers
-of a thread (on HIP with accumulation registers) and the bytes of shared memory of a program. Nothing is timed here, and
-none of the HIP kernels ran on a device.
+of a thread (on HIP with accumulation registers) and the bytes of shared memory of a program; it is empty where the
+kernel runs, but keeps registers in memory. Nothing is timed here, and none of the HIP kernels ran on a device.
 
 The program fails where registers are kept in memory, where shared memory is beyond the device's, and where the wanted
 matrix instruction is missing. Names say mode, dtype, head dimension D, and rows of a sequence.

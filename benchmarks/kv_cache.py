@@ -37,7 +37,7 @@ from optgptq.runtime.load import load_model
 
 CPU = torch.device("cpu")
 PLAIN, ROTATED, CALIBRATED = "plain", "Hadamard", "calibrated (as shipped)"
-NEAREST, ALLOCATED, REFINED = "- fitted codes", "+ bits allocated in the same bytes", "+ gradients"
+UNIFORM, NEAREST, REFINED = "the same bits everywhere", "- fitted codes", "+ gradients"
 PASTS = {
     4: PastRule(mode="token", sink_tokens=4),
     3: PastRule(mode="token", sink_tokens=4),
@@ -108,6 +108,8 @@ def main() -> int:
         f"{8 if arguments.quick else NUM_WINDOWS} calibration windows. As shipped they were drawn several "
         "times: median (smallest to largest); changed parts have the first draw.",
         "4 and 3 bits: the first 4 tokens are exact; 2 bits: the first 16, and the last 64 before each query.",
+        "As shipped, bits are allocated to layers and sides, in the bytes of the same bits everywhere; the rows below "
+        "that one have the same bits everywhere.",
         "Bytes per token count parameters and padding: in heads of 16, codes of 3 bits are filled up to those of 4.",
     ]
     return finish(report, arguments)
@@ -134,11 +136,11 @@ def _measure(report: Report, trial: Trial, bits: int, *, refine: bool) -> None:
     spec, past = trial.decoder.spec, PASTS[bits]
     side = SideScheme(bits=bits, group_size=spec.head_dim)
     scheme = CacheScheme(layers=(LayerScheme(keys=side, values=side),) * spec.num_layers, past=past)
-    asked = CacheCalibrationSettings(schemes=scheme.layers, past=past)
-    methods = {CALIBRATED: asked, NEAREST: replace(asked, rounding="nearest")}
-    methods[ALLOCATED] = replace(asked, budget_bits=float(bits))
+    asked = CacheCalibrationSettings(schemes=scheme.layers, past=past, budget_bits=float(bits))
+    methods = {CALIBRATED: asked, UNIFORM: replace(asked, budget_bits=None)}
+    methods[NEAREST] = replace(methods[UNIFORM], rounding="nearest")
     if refine:
-        methods[REFINED] = replace(asked, refine="gradient")
+        methods[REFINED] = replace(methods[UNIFORM], refine="gradient")
     rotation_KDD = block_hadamard(spec.head_dim).expand(spec.num_kv_heads, -1, -1)
     found = {PLAIN: [(scheme, _everywhere(spec.num_layers, SideParameters()))]}
     found[ROTATED] = [(scheme, _everywhere(spec.num_layers, SideParameters(rotation_KDD=rotation_KDD)))]

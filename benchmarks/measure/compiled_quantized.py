@@ -7,7 +7,7 @@ from typing import Any
 from measure.compiled import TARGETS, CompiledCase
 from measure.compiled_attention import INSTRUCTIONS, KINDS, PLAIN, POINTERS, device_kind_of
 from optgptq.kernels.triton_attention import SEGMENT, padded_head_dim
-from optgptq.kernels.triton_quantized_attention import choose_tiles, code_side, page_shape
+from optgptq.kernels.triton_quantized_attention import choose_tiles, code_side, launch_options, page_shape
 from optgptq.kernels.triton_quantized_source import quantized_attention_of_rows
 from optgptq.kernels.triton_store_codes import (
     FITTED_OPTIONS,
@@ -117,7 +117,11 @@ def attention_case(
         signature=POINTERS | of_kind | {"pages": "*i32", "first_exact_of": "*i32"},
         constants=constants,
         constants_of={name: {"TILE": each.keys, "BLOCK_M": each.rows} for name, each in tiles.items()},
-        options={name: each.options for name, each in tiles.items() if head_dim <= 64 or name != "gfx1100"},
+        options={
+            name: launch_options(device_kind_of(name), dtype, layout, tiles=each, mode=mode)
+            for name, each in tiles.items()
+            if head_dim <= 64 or name != "gfx1100"
+        },
         instruction={} if kind == "fp32" else INSTRUCTIONS,
         multiples=("query_stride", "key_stride", "value_stride"),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ def choose_tiles(kind: DeviceKind, dtype: torch.dtype, layout: PageLayout, *, mo
     # Codes take registers while they become numbers: fewer keys at once, and fewer rows where features are filled up.
     most_rows = most_rows if padded == layout.head_dim else min(most_rows, 16)
     tiles = triton_attention.choose_tiles(kind, dtype, layout.head_dim, most_rows=most_rows)
-    keys, options = 16 if padded > 128 else min(tiles.keys, 32), tiles.options
+    keys, options = 16 if padded > 128 or dtype == torch.float32 else min(tiles.keys, 32), tiles.options
     if not kind.is_hip:
         # Left to itself the compiler keeps registers in memory to make room for one more program.
         options = options | {"maxnreg": 255}
@@ -68,6 +69,16 @@ def choose_tiles(kind: DeviceKind, dtype: torch.dtype, layout: PageLayout, *, mo
         # A thread has 256 registers here, and the matrix unit wants operands twice.
         keys, options = 16, options | {"num_warps": max(8, options["num_warps"])}
     return replace(tiles, keys=keys, options=options)
+
+
+def launch_options(
+    kind: DeviceKind, dtype: torch.dtype, layout: PageLayout, *, tiles: Tiles, mode: str
+) -> dict[str, Any]:
+    """Return the options of the compiler; those of `tiles`, and room for three programs where they fit."""
+    is_narrow = padded_head_dim(layout.head_dim) <= 128 and dtype != torch.float32
+    if kind.is_hip or mode != "split" or tiles.rows > 16 or not is_narrow:
+        return tiles.options
+    return tiles.options | {"maxnreg": 168}
 
 
 def store(key_TKD: torch.Tensor, value_TKD: torch.Tensor, storage: CacheStorage, batch: CacheBatch) -> None:
@@ -118,10 +129,12 @@ def attend(
     assert batch.exact is None or batch.exact.page_table_RP.is_contiguous()
     step = [triton_attention.with_whole_tokens(heads) for heads in (query_TND, key_TKD, value_TKD)]
     most_rows = pages.max_query * (num_heads // layout.num_kv_heads)
-    tiles = choose_tiles(device_kind(query_TND.device), query_TND.dtype, layout, most_rows=most_rows)
+    kind = device_kind(query_TND.device)
+    tiles = choose_tiles(kind, query_TND.dtype, layout, most_rows=most_rows)
     plan = triton_attention.launch_plan(step[0], layout.num_kv_heads, pages, tiles)
     # A program that takes all segments takes the only one too.
     plan = replace(plan, mode="all") if plan.mode == "one" else plan
+    tiles = replace(tiles, options=launch_options(kind, query_TND.dtype, layout, tiles=tiles, mode=plan.mode))
     with torch.cuda.device(query_TND.get_device()):
         if plan.mode != "split":
             _launch(step, storage, batch, rule, target=(output_TND, None), tiles=tiles, plan=plan)

@@ -184,6 +184,38 @@ def load_rows(query, place, is_row, channel, is_channel):
     return tl.load(query + place[:, None] + channel[None, :], mask=is_row[:, None] & is_channel[None, :], other=0.0)
 
 
+@triton.jit
+def attend_segment(
+    query, place, is_row, sources, kv_head, position, first_exact, slope, span, new, strides, low, num_sinks, rule,
+    SHAPE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    NUM_TILES: tl.constexpr, ROUND_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """Return the softmax state of rows over the tiles from `low` on: codes, then exact keys.
+
+    `span` is the range of keys that any row sees; `new` the first new position, and where position 0 would be in the
+    step's own tokens.
+    """
+    pages, raw, table, own_key, own_value, exact_keys, exact_values, exact_table, exact_row = sources
+    kept_table = None if exact_table is None else exact_table + exact_row
+    begin, end = span
+    least, high = tl.min(first_exact, 0), low + NUM_TILES
+    first_code, end_code = tl.maximum(begin, num_sinks), tl.minimum(tl.max(first_exact, 0), end)
+    first_tile = tl.maximum(first_code // TILE, low)
+    end_tile = tl.where(first_code < end_code, tl.minimum(tl.cdiv(end_code, TILE), high), first_tile)
+    channel, is_channel = channels_of_codes(SHAPE, KEYS, BLOCK_D)
+    state = attend_codes(
+        load_rows(query, place, is_row, channel, is_channel), pages, raw, table, kv_head, position, first_exact, slope,
+        first_code, end_code, (first_tile, end_tile), num_sinks, rule, SHAPE, KEYS, VALUES, TILE, ROUND_ALIBI,
+    )  # fmt: skip
+    channel, is_channel = channels_in_order(SHAPE, KEYS, BLOCK_D)
+    return attend_exact(
+        load_rows(query, place, is_row, channel, is_channel), state, own_key, own_value, exact_keys, exact_values,
+        kept_table, kv_head, position, first_exact, slope, begin, end, least, new, strides,
+        exact_ranges(begin, end, least, num_sinks, low, high, TILE), num_sinks, rule, SHAPE, KEYS, VALUES, TILE,
+        ROUND_ALIBI,
+    )  # fmt: skip
+
+
 # The lines of a function are counted, and these arguments would be half of them.
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "table_width", "exact_width", "num_sinks"])
 def quantized_attention_of_rows(
@@ -218,32 +250,19 @@ def quantized_attention_of_rows(
     offset = tl.minimum(rows // GROUP, num_new - 1)
     token, position = (start + offset).to(tl.int64), first_new + offset
     first_exact = tl.load(first_exact_of + token)
-    least = tl.min(first_exact, 0)
-    first_code, end_code = tl.maximum(begin, num_sinks), tl.minimum(tl.max(first_exact, 0), end)
     slope = None if slopes is None else tl.load(slopes + head, mask=is_row, other=0.0)
     place = token * query_stride + head * SHAPE.head_dim
     table = page_table + sequence.to(tl.int64) * table_width
-    kept_table = None if exact_table is None else exact_table + sequence.to(tl.int64) * exact_width
+    exact_row = sequence.to(tl.int64) * exact_width
     rule = (window, scale, softcap, alibi_scale)
-    code_channel, is_code_channel = channels_of_codes(SHAPE, KEYS, BLOCK_D)
-    key_channel, is_key_channel = channels_in_order(SHAPE, KEYS, BLOCK_D)
+    sources = (pages, raw, table, own_key, own_value, exact_keys, exact_values, exact_table, exact_row)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total, sums = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for part in range(first_segment, end_segment):
-        low, high = part * PER_SEGMENT, (part + 1) * PER_SEGMENT
-        first_tile = tl.maximum(first_code // TILE, low)
-        end_tile = tl.where(first_code < end_code, tl.minimum(tl.cdiv(end_code, TILE), high), first_tile)
-        state = attend_codes(
-            load_rows(query, place, is_row, code_channel, is_code_channel), pages, raw, table, kv_head, position,
-            first_exact, slope, first_code, end_code, (first_tile, end_tile), num_sinks, rule, SHAPE, KEYS, VALUES,
-            TILE, ROUND_ALIBI,
-        )  # fmt: skip
-        state = attend_exact(
-            load_rows(query, place, is_row, key_channel, is_key_channel), state, own_key, own_value, exact_keys,
-            exact_values, kept_table, kv_head, position, first_exact, slope, begin, end, least,
-            (first_new, start - first_new), (key_stride, value_stride),
-            exact_ranges(begin, end, least, num_sinks, low, high, TILE), num_sinks, rule, SHAPE, KEYS, VALUES, TILE,
-            ROUND_ALIBI,
+        state = attend_segment(
+            query, place, is_row, sources, kv_head, position, first_exact, slope, (begin, end),
+            (first_new, start - first_new), (key_stride, value_stride), part * PER_SEGMENT, num_sinks, rule,
+            SHAPE, KEYS, VALUES, BLOCK_D, TILE, PER_SEGMENT, ROUND_ALIBI,
         )  # fmt: skip
         if MODE == "split":
             highest, total, sums = state

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from optgptq.kernels.quantized_attention import CacheBatch, CacheStorage
     from optgptq.kv_cache.codec import SideCodec
     from optgptq.kv_cache.page_layout import PageLayout
-    from optgptq.kv_cache.scheme import LayerScheme
+    from optgptq.kv_cache.scheme import LayerScheme, SideScheme
 
 
 class _Side(ctypes.Structure):
@@ -125,8 +125,11 @@ def store(
     key, value = float_rows(key_TKD), float_rows(value_TKD)
     slot_T = batch.pages.slot_T
     assert slot_T.dtype == torch.int64 and slot_T.is_contiguous() and slot_T.shape == key.shape[:1]  # noqa: PT018
+    pages = _pages(storage, batch, key_TKD.dtype)
+    _add_codec(pages.keys, storage.key_codec)
+    _add_codec(pages.values, storage.value_codec)
     call = _StoreCall(
-        _pages(storage, batch, key_TKD.dtype),
+        pages,
         sequences_fields(batch.pages),
         _tokens(key, value, storage.layout),
         slot_T.data_ptr(),
@@ -200,29 +203,40 @@ def _pages(storage: CacheStorage, batch: CacheBatch, dtype: torch.dtype) -> _Cac
         assert table_RP.dtype == torch.int32
         assert table_RP.stride(1) == 1 or table_RP.shape[1] <= 1
         table, stride = table_RP.data_ptr(), table_RP.stride(0)
-    sides = (_side(storage.key_codec, keys), _side(storage.value_codec, values))
-    return _CachePages(pages_ZB.data_ptr(), page_bytes, head_bytes, TYPES[dtype], *sides, exact, table, stride)
+    number_type = TYPES[dtype]
+    return _CachePages(pages_ZB.data_ptr(), page_bytes, head_bytes, number_type, keys, values, exact, table, stride)
 
 
 @lru_cache(maxsize=256)
-def _places(layout: PageLayout) -> tuple[int, int, tuple[int, int, int], tuple[int, int, int]]:
-    """Return bytes of a page and of a head, and where keys and values lie: bytes of a row, both planes.
+def _places(layout: PageLayout) -> tuple[int, int, _Side, _Side]:
+    """Return bytes of a page and of a head, and where keys and values lie, without what makes codes.
 
     Kept, since a step asks twice for each decoder layer: without it half of what a call costs in Python.
     """
     assert layout.page_size % PAGE_MULTIPLE == 0
     assert layout.head_dim % CHANNEL_MULTIPLE == 0
-    keys = (layout.key_row_bytes, 0, layout.key_parameters)
-    values = (layout.value_row_bytes, layout.value_codes, layout.value_parameters)
+    keys = _side(layout.scheme.keys, layout.key_row_bytes, 0, layout.key_parameters)
+    values = _side(layout.scheme.values, layout.value_row_bytes, layout.value_codes, layout.value_parameters)
     return layout.page_bytes, layout.head_bytes, keys, values
 
 
-def _side(codec: SideCodec | None, places: tuple[int, int, int]) -> _Side:
-    if codec is None:
-        return _Side(None, None, None, 0, EXACT_BITS, 0, 0, *places)
-    scheme, pointers = codec.scheme, []
-    for numbers in (codec.ranges_C2, codec.metric_KDD, codec.feedback_KDD):
-        assert numbers is None or (numbers.dtype == torch.float32 and numbers.is_contiguous())
-        pointers.append(None if numbers is None else numbers.data_ptr())
+def _side(scheme: SideScheme, row_bytes: int, codes: int, parameters: int) -> _Side:
     along_tokens = scheme.axis == "token"
-    return _Side(*pointers, codec.ranges_C2.shape[0], scheme.bits, scheme.group_size, along_tokens, *places)
+    places = (row_bytes, codes, parameters)
+    return _Side(None, None, None, 0, scheme.bits, scheme.group_size, along_tokens, *places)
+
+
+def _add_codec(side: _Side, codec: SideCodec | None) -> None:
+    """Say in `side`, a copy, how codes are made."""
+    if codec is None:
+        assert side.bits == EXACT_BITS
+        return
+    assert (side.bits, side.group_size) == (codec.scheme.bits, codec.scheme.group_size)
+    for name, numbers in (
+        ("ranges", codec.ranges_C2),
+        ("metric", codec.metric_KDD),
+        ("feedback", codec.feedback_KDD),
+    ):
+        assert numbers is None or (numbers.dtype == torch.float32 and numbers.is_contiguous())
+        setattr(side, name, None if numbers is None else numbers.data_ptr())
+    side.num_ranges = codec.ranges_C2.shape[0]
