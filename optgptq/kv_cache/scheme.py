@@ -16,7 +16,7 @@ PastMode = Literal["off", "token", "chunk", "window"]
 
 EXACT_BITS = 16
 CODE_BITS = (2, 3, 4, 8)
-# First tokens of a text, and last ones, that are kept exactly where nobody says otherwise, by the fewest bits of a code.
+# First tokens of a text, and last ones, that are kept exactly where nobody says otherwise, by the fewest bits of codes.
 # Sixteen last tokens cost nothing beside a long text and take four fifths of the damage from codes of 4 bits.
 USUAL_SINK_TOKENS = {8: 0, 4: 4, 3: 4, 2: 64}
 USUAL_RECENT_TOKENS = {8: 0, 4: 16, 3: 32, 2: 128}

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from optgptq.kv_cache.codec import SideCodec, decode, encode
+from optgptq.kernels.through_codes import through_codes
+from optgptq.kv_cache.codec import SideCodec
 from optgptq.kv_cache.scheme import LayerScheme, PastRule, SideScheme
 from optgptq.kv_cache.setup import LayerParameters, SideParameters
 from optgptq.kv_cache.transform import transform_vectors
@@ -55,7 +56,7 @@ class SideQuantizer:
         granule = self.scheme.group_size if self.scheme.axis == "token" else 1
         whole = length - length % granule
         x_TKD = x_BKSD[:, :, :whole].transpose(1, 2).flatten(0, 1).float()
-        y_TKD = decode(encode(transform_vectors(x_TKD, self.parameters), self.codec), self.scheme)
+        y_TKD = through_codes(transform_vectors(x_TKD, self.parameters), self.codec)
         y_BKSD = restore_vectors(y_TKD, self.parameters).view(batch, whole, *x_TKD.shape[1:]).transpose(1, 2)
         y_BKSD = y_BKSD.to(x_BKSD.dtype)
         return y_BKSD if whole == length else torch.cat((y_BKSD, x_BKSD[:, :, whole:]), dim=2)

@@ -9,7 +9,8 @@ from itertools import product
 
 import torch
 
-from optgptq.kv_cache.codec import SideCodec, decode, encode
+from optgptq.kernels.through_codes import through_codes
+from optgptq.kv_cache.codec import SideCodec
 from optgptq.kv_cache.scheme import SideScheme
 
 # Shares of the distance from the middle that an end of a range may keep. Few bits gain from cutting far.
@@ -53,6 +54,6 @@ def _losses(
 ) -> torch.Tensor:
     """Return the weighted squared error of each vector, head and group under one range, `[T, K, G]`."""
     codec = SideCodec(scheme=scheme, ranges_C2=torch.tensor([pair], device=stored_TKD.device))
-    error_TKD = (stored_TKD - decode(encode(stored_TKD, codec), scheme)).square()
+    error_TKD = (stored_TKD - through_codes(stored_TKD, codec)).square()
     weighted_TKD = error_TKD * metric_KDD.diagonal(dim1=1, dim2=2)
     return weighted_TKD.view(*weighted_TKD.shape[:2], -1, scheme.group_size).sum(3)

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from optgptq.calibration.stream import ActivationStream
-from optgptq.kv_cache.codec import SideCodec, decode, encode
+from optgptq.kernels.through_codes import through_codes
+from optgptq.kv_cache.codec import SideCodec
 from optgptq.kv_cache.scheme import LayerScheme, SideScheme
 from optgptq.kv_cache.setup import SideParameters
 from optgptq.kv_cache.transform import transform_vectors
@@ -93,7 +94,7 @@ class _Trained:
         step_TKG1 = (y_TKGL.amax(3, keepdim=True) - y_TKGL.amin(3, keepdim=True)).clamp_min(1e-12)
         with torch.no_grad():
             codec = SideCodec.of(self.scheme, side, y_TKD.device)
-            error_TKGL = (decode(encode(y_TKD, codec), self.scheme) - y_TKD).view_as(y_TKGL) / step_TKG1
+            error_TKGL = (through_codes(y_TKD, codec) - y_TKD).view_as(y_TKGL) / step_TKG1
         found_TKD = restore_vectors((y_TKGL + step_TKG1 * error_TKGL).view_as(y_TKD), side)
         return found_TKD.view(len(x_BKSD), -1, *x_TKD.shape[1:]).transpose(1, 2).to(x_BKSD.dtype)
 
