@@ -10,7 +10,7 @@ import torch
 from optgptq.kernels.paged_attention import PagedBatch
 from optgptq.kernels.quantized_attention import CacheBatch, CacheStorage
 from optgptq.kv_cache.codec import SideCodec, decode, encode
-from optgptq.kv_cache.page_layout import PAGE_MULTIPLE, PageLayout
+from optgptq.kv_cache.page_layout import CHANNEL_MULTIPLE, PAGE_MULTIPLE, PageLayout
 from optgptq.kv_cache.page_planes import read_vectors
 from optgptq.kv_cache.scheme import LayerScheme
 from optgptq.native import quantized_attention as native
@@ -22,7 +22,7 @@ def through_codes(x_TKD: torch.Tensor, codec: SideCodec) -> torch.Tensor:
     The same as `decode(encode(x, codec), codec.scheme)`, but for fitted codes that are equally good up to rounding.
     """
     layer = LayerScheme(keys=codec.scheme, values=codec.scheme)
-    compiled = native.takes_cache(x_TKD.device, torch.float32, [layer])
+    compiled = native.takes_cache(x_TKD.device, torch.float32, [layer]) and x_TKD.shape[2] % CHANNEL_MULTIPLE == 0
     if not compiled or codec.scheme.axis == "token" or len(x_TKD) < 2:
         return decode(encode(x_TKD, codec), codec.scheme)
     # Two halves, one as keys and one as values: nothing is stored twice.

@@ -81,22 +81,23 @@ def side_transforms(statistics: SideStatistics, scheme: SideScheme, transform: T
     """Return the transforms to try by name."""
     if transform == "none":
         return {"none": SideParameters()}
-    shift_KD = statistics.mean_KD if statistics.can_shift else None
-    scale_KD = _scale(statistics, scheme)
-    shifted = SideParameters(shift_KD=shift_KD)
     num_heads, head_dim = statistics.mean_KD.shape
     hadamard_KDD = block_hadamard(head_dim).expand(num_heads, -1, -1).contiguous().to(statistics.mean_KD.device)
+    scale_KD = _scale(statistics, scheme, shift_KD=None) if transform in ("auto", "shift_scale") else None
+    shift_KD = statistics.mean_KD if statistics.can_shift else None
     found: dict[str, SideParameters] = {}
     if transform == "auto":
-        found["none"] = SideParameters()
-    if transform in ("auto", "shift_scale"):
-        found["shift_scale"] = replace(shifted, scale_KD=scale_KD)
+        found |= {"none": SideParameters(), "scale": SideParameters(scale_KD=scale_KD)}
     if transform in ("auto", "hadamard"):
-        found["hadamard"] = replace(shifted, rotation_KDD=hadamard_KDD)
-    if transform == "auto":
-        found["shift_scale+hadamard"] = replace(shifted, scale_KD=scale_KD, rotation_KDD=hadamard_KDD)
+        found["hadamard"] = SideParameters(rotation_KDD=hadamard_KDD)
     if transform in ("auto", "covariance"):
-        found["covariance"] = replace(shifted, rotation_KDD=covariance_rotation(statistics.metric_KDD))
+        found["covariance"] = SideParameters(rotation_KDD=covariance_rotation(statistics.metric_KDD))
+    if transform == "auto" and shift_KD is not None:
+        found["shift+hadamard"] = SideParameters(shift_KD=shift_KD, rotation_KDD=hadamard_KDD)
+    if transform in ("auto", "shift_scale"):
+        if shift_KD is not None:
+            scale_KD = _scale(statistics, scheme, shift_KD=shift_KD)
+        found["shift_scale"] = SideParameters(shift_KD=shift_KD, scale_KD=scale_KD)
     return found
 
 
@@ -131,8 +132,8 @@ def stored_metric(metric_KDD: torch.Tensor, parameters: SideParameters) -> torch
     return stored_KDD
 
 
-def _scale(statistics: SideStatistics, scheme: SideScheme) -> torch.Tensor:
-    x_KTD = statistics.x_KTD - statistics.mean_KD.unsqueeze(1) if statistics.can_shift else statistics.x_KTD
+def _scale(statistics: SideStatistics, scheme: SideScheme, *, shift_KD: torch.Tensor | None) -> torch.Tensor:
+    x_KTD = statistics.x_KTD if shift_KD is None else statistics.x_KTD - shift_KD.unsqueeze(1)
     return fixed_point_scale(
         RangeProblem(
             x_KTD=x_KTD,

@@ -60,10 +60,11 @@ def test_all_transforms_are_tried_and_the_plain_one_is_first() -> None:
     assert [candidate.name for candidate in found] == [
         PLAIN,
         "none, fitted",
-        "shift_scale, fitted",
+        "scale, fitted",
         "hadamard, fitted",
-        "shift_scale+hadamard, fitted",
         "covariance, fitted",
+        "shift+hadamard, fitted",
+        "shift_scale, fitted",
     ]
     for candidate in found:
         side = candidate.parameters
