@@ -1,8 +1,9 @@
 """A quantized KV cache as decoding reads it: perplexity and mean KL against the same weights with a 16-bit cache.
 
-Whole windows are scored with every query's past taken from codes (mode `token`, first tokens exact; at 2 bits also the
-last 64), on text that is not calibration text. `plain` rounds to the nearest in the range of the numbers, `Hadamard`
-does so behind a Hadamard matrix, without calibration; the other rows are the calibration, whole and changed.
+Whole windows are scored with every query's past taken from codes (mode `token`), on text that is not calibration text:
+with the first and last tokens exact that recipes keep, and with none but the query's own. `plain` rounds to the nearest
+in the range of the numbers, `Hadamard` does so behind a Hadamard matrix, without calibration; the other rows are the
+calibration, whole and changed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from optgptq.data.windows import Windows, WindowSettings, build_windows
 from optgptq.evaluation.perplexity import EvalResult, evaluate
 from optgptq.kv_cache.hadamard import block_hadamard
 from optgptq.kv_cache.page_layout import PAGE_MULTIPLE, PageLayout, bits_per_value
-from optgptq.kv_cache.scheme import CacheScheme, LayerScheme, PastRule, SideScheme
+from optgptq.kv_cache.scheme import (
+    USUAL_RECENT_TOKENS,
+    USUAL_SINK_TOKENS,
+    CacheScheme,
+    LayerScheme,
+    PastRule,
+    SideScheme,
+)
 from optgptq.kv_cache.setup import LayerParameters, SideParameters
 from optgptq.kv_calibration.attend import CacheAttend, LayerQuantizer
 from optgptq.kv_calibration.calibrate import CalibratedCache, calibrate_cache
@@ -37,12 +45,8 @@ from optgptq.runtime.load import load_model
 
 CPU = torch.device("cpu")
 PLAIN, ROTATED, CALIBRATED = "plain", "Hadamard", "calibrated (as shipped)"
-UNIFORM, NEAREST, REFINED = "the same bits everywhere", "- fitted codes", "+ gradients"
-PASTS = {
-    4: PastRule(mode="token", sink_tokens=4),
-    3: PastRule(mode="token", sink_tokens=4),
-    2: PastRule(mode="token", sink_tokens=16, recent_tokens=64),
-}
+NEAREST, ALLOCATED, REFINED = "- fitted codes", "+ bits allocated", "+ gradients"
+BITS = (4, 3, 2)
 # Largest growth of perplexity that the project promises, by bits.
 LIMITS = {4: 0.01, 3: 0.03, 2: 0.08}
 KL_SHARE = 0.5
@@ -52,6 +56,7 @@ COLUMNS = (
     "bits",
     "bits per value",
     "bytes per token",
+    "exact tokens",
     "method",
     "perplexity",
     "growth",
@@ -94,22 +99,21 @@ def main() -> int:
     """Measure the chosen models."""
     parser = new_parser(__doc__)
     parser.add_argument("--models", nargs="+", help="default: all that are present")
-    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], choices=sorted(PASTS))
+    parser.add_argument("--bits", nargs="+", type=int, default=list(BITS), choices=BITS)
     parser.add_argument("--seeds", type=int, default=3, help="draws of calibration windows")
-    parser.add_argument("--refine", action="store_true", help="also with gradients")
+    parser.add_argument("--parts", action="store_true", help="also with changed parts, and with gradients")
     parser.add_argument("--shared", type=Path, default=REPOSITORY.parent / "shared", help="folder with other models")
     arguments = parser.parse_args()
     report = Report(name="kv-cache", title="Quantized KV cache, quality", columns=COLUMNS)
     for case in chosen_cases(arguments, parser, report.notes):
         trial = _trial(case, arguments)
         for bits in arguments.bits:
-            _measure(report, trial, bits, refine=arguments.refine)
+            usual = PastRule(mode="token", sink_tokens=USUAL_SINK_TOKENS[bits], recent_tokens=USUAL_RECENT_TOKENS[bits])
+            _measure(report, trial, bits, usual, parts=arguments.parts)
+            _measure(report, trial, bits, PastRule(mode="token"), parts=False)
     report.notes += [
         f"{8 if arguments.quick else NUM_WINDOWS} calibration windows. As shipped they were drawn several "
-        "times: median (smallest to largest); changed parts have the first draw.",
-        "4 and 3 bits: the first 4 tokens are exact; 2 bits: the first 16, and the last 64 before each query.",
-        "As shipped, bits are allocated to layers and sides, in the bytes of the same bits everywhere; the rows below "
-        "that one have the same bits everywhere.",
+        "times: median (smallest to largest); other rows have the first draw.",
         "Bytes per token count parameters and padding: in heads of 16, codes of 3 bits are filled up to those of 4.",
     ]
     return finish(report, arguments)
@@ -132,20 +136,21 @@ def _trial(case: Case, arguments: argparse.Namespace) -> Trial:
     return Trial(case=case, decoder=load_model(case.model), calibration=calibration, tokens_WS=read.tokens_WS)
 
 
-def _measure(report: Report, trial: Trial, bits: int, *, refine: bool) -> None:
-    spec, past = trial.decoder.spec, PASTS[bits]
+def _measure(report: Report, trial: Trial, bits: int, past: PastRule, *, parts: bool) -> None:
+    spec, is_usual = trial.decoder.spec, past.recent_tokens > 0
     side = SideScheme(bits=bits, group_size=spec.head_dim)
     scheme = CacheScheme(layers=(LayerScheme(keys=side, values=side),) * spec.num_layers, past=past)
-    asked = CacheCalibrationSettings(schemes=scheme.layers, past=past, budget_bits=float(bits))
-    methods = {CALIBRATED: asked, UNIFORM: replace(asked, budget_bits=None)}
-    methods[NEAREST] = replace(methods[UNIFORM], rounding="nearest")
-    if refine:
-        methods[REFINED] = replace(methods[UNIFORM], refine="gradient")
+    asked = CacheCalibrationSettings(schemes=scheme.layers, past=past)
+    methods = {CALIBRATED: asked}
+    if parts:
+        methods[NEAREST] = replace(asked, rounding="nearest")
+        methods[ALLOCATED] = replace(asked, budget_bits=float(bits))
+        methods[REFINED] = replace(asked, refine="gradient")
     rotation_KDD = block_hadamard(spec.head_dim).expand(spec.num_kv_heads, -1, -1)
     found = {PLAIN: [(scheme, _everywhere(spec.num_layers, SideParameters()))]}
     found[ROTATED] = [(scheme, _everywhere(spec.num_layers, SideParameters(rotation_KDD=rotation_KDD)))]
     for name, settings in methods.items():
-        draws = trial.calibration if name == CALIBRATED else trial.calibration[:1]
+        draws = trial.calibration if name == CALIBRATED and is_usual else trial.calibration[:1]
         calibrated = [_calibrated(trial, settings, windows) for windows in draws]
         found[name] = [(cache.scheme, cache.layers) for cache in calibrated]
     divergence: dict[str, float] = {}
@@ -154,7 +159,8 @@ def _measure(report: Report, trial: Trial, bits: int, *, refine: bool) -> None:
         results = [_score(trial, *cache) for cache in caches]
         divergence[name] = statistics.median(_known(result.mean_kl) for result in results)
         growth[name] = statistics.median(_growth(result) for result in results)
-        row = [trial.case.name, str(bits), *_sizes(trial.decoder, caches[0][0]), name]
+        exact = f"first {past.sink_tokens}, last {past.recent_tokens}" if is_usual else "own"
+        row = [trial.case.name, str(bits), *_sizes(trial.decoder, caches[0][0]), exact, name]
         row += [median_and_spread([result.perplexity for result in results], 3)]
         row += [median_and_spread([100 * _growth(result) for result in results], 2) + " %"]
         row += [median_and_spread([_known(result.mean_kl) for result in results], 5)]
@@ -162,11 +168,19 @@ def _measure(report: Report, trial: Trial, bits: int, *, refine: bool) -> None:
         report.rows.append(row)
         report.details.append(dict(zip(COLUMNS, row, strict=True)))
         print(" | ".join(row), file=sys.stderr, flush=True)
-    _judge(report, f"{trial.case.name}, {bits} bits", bits, growth, divergence)
+    _judge(report, f"{trial.case.name}, {bits} bits, exact: {exact}", bits, growth, divergence, is_usual=is_usual)
 
 
-def _judge(report: Report, where: str, bits: int, growth: dict[str, float], divergence: dict[str, float]) -> None:
-    if growth[CALIBRATED] > LIMITS[bits]:
+def _judge(
+    report: Report,
+    where: str,
+    bits: int,
+    growth: dict[str, float],
+    divergence: dict[str, float],
+    *,
+    is_usual: bool,
+) -> None:
+    if is_usual and growth[CALIBRATED] > LIMITS[bits]:
         report.missed.append(f"{where}: perplexity grows by {growth[CALIBRATED]:.2%}, more than {LIMITS[bits]:.0%}.")
     if bits == 4 and divergence[CALIBRATED] > KL_SHARE * divergence[PLAIN]:
         report.missed.append(f"{where}: the mean KL is more than half of that of plain rounding.")
@@ -214,7 +228,7 @@ def _sizes(decoder: Decoder, scheme: CacheScheme) -> tuple[str, str]:
         ).bytes_per_token
         for layer in scheme.layers
     )
-    return f"{statistics.mean(bits_per_value(side) for side in sides):.2f}", f"{num_bytes:,.0f}"
+    return f"{statistics.mean(bits_per_value(side, decoder.spec.head_dim) for side in sides):.2f}", f"{num_bytes:,.0f}"
 
 
 def _growth(result: EvalResult) -> float:

@@ -42,9 +42,20 @@ def bench(  # noqa: PLR0913 - the parameters of a command are its options
     model: ModelArgument,
     requests: Annotated[int, typer.Option("--requests", help="Texts that are served together.")] = 16,
     prompt_tokens: Annotated[
-        str, typer.Option("--prompt-tokens", metavar="A:B", help="Smallest and largest number of tokens of a prompt.")
-    ] = "64:256",
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens that are written after each prompt.")] = 64,
+        str | None,
+        typer.Option(
+            "--prompt-tokens",
+            metavar="A:B",
+            help="Smallest and largest number of tokens of a prompt; 64:256, or less where the model takes less.",
+            show_default=False,
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--new-tokens", help="Tokens that are written after each prompt; 64, or less.", show_default=False
+        ),
+    ] = None,
     shared_prefix: Annotated[
         int, typer.Option("--shared-prefix", help="Tokens that all prompts of a round begin with.")
     ] = 0,
@@ -74,8 +85,8 @@ def bench(  # noqa: PLR0913 - the parameters of a command are its options
 
     settings = BenchSettings(
         num_requests=requests,
-        prompt_sizes=_sizes(prompt_tokens),
-        num_new_tokens=new_tokens,
+        prompt_sizes=_sizes(prompt_tokens or "64:256"),
+        num_new_tokens=64 if new_tokens is None else new_tokens,
         num_shared=shared_prefix,
         rounds=rounds,
         seed=seed,
@@ -90,6 +101,8 @@ def bench(  # noqa: PLR0913 - the parameters of a command are its options
             model, device=device, dtype=dtype, weights=weights, revision=revision, settings=reading
         )
         engines = cache_engines(loaded, checked, choices)
+        longest = min(engine.max_length for engine in engines)
+        settings = settings.cut(longest, prompts=prompt_tokens is None, new_tokens=new_tokens is None)
         with step_display("rounds", quiet=quiet) as progress:
             reports = run_benches(engines, settings, progress=progress)
     if not as_json:

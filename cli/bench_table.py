@@ -21,7 +21,7 @@ def bench_page(reports: Sequence[BenchReport], *, num_requests: int) -> str:
     if len(reports) == 1:
         rows: list[tuple[str, ...]] = list(_rows(reports[0], num_requests=num_requests))
         return table(rows) + "\n\nMedian of the rounds, in brackets the lowest and the highest."
-    memory = ("bits", "bytes/token", "tokens/GiB", "tokens that fit", "exact", "peak")
+    memory = ("bits", "bytes/token", "tokens that fit", "exact", "peak")
     speeds = ("reading, tok/s", "one text, ms", f"{num_requests} texts, tok/s", "first token, ms")
     header = ("KV cache", "past-only", *memory, *speeds)
     lines = table([_line(report) for report in reports], header=header)
@@ -35,7 +35,6 @@ def _line(report: BenchReport) -> tuple[str, ...]:
         cache.past_only or "-",
         f"{cache.key_bits:.2f}, {cache.value_bits:.2f}",
         f"{cache.bytes_per_token:,.1f}",
-        f"{2**30 / cache.bytes_per_token:,.0f}",
         f"{cache.num_tokens:,}",
         human_bytes(cache.exact_bytes),
         human_bytes(report.pages.peak_bytes),
@@ -83,7 +82,6 @@ def _cache_rows(cache: CacheFigures) -> list[tuple[str, str]]:
     return [
         ("bits per number", f"keys {cache.key_bits:.2f}, values {cache.value_bits:.2f}{mode}"),
         ("bytes per token", f"{cache.bytes_per_token:,.1f}"),
-        ("tokens in a GiB", f"{2**30 / cache.bytes_per_token:,.0f}"),
         ("tokens that fit", f"{cache.num_tokens:,}{exact}"),
     ]
 

@@ -98,6 +98,7 @@ def _cache_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     if "held_out_kl" in found:
-        kl, plain = found["held_out_kl"], found["held_out_kl_plain"]
-        rows.append(("KL on held-out windows", f"{kl:.5f}, {plain:.5f} rounded to the nearest"))
+        plain = f"{found['held_out_kl_plain']:.5f} rounded to the nearest"
+        figures = plain if found["is_plain"] else f"{found['held_out_kl']:.5f}, {plain}"
+        rows.append(("KL on held-out windows", figures))
     return rows

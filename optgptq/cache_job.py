@@ -16,7 +16,7 @@ from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.source import TensorSource
 from optgptq.data.windows import Windows
 from optgptq.errors import FormatError
-from optgptq.formats.kv_cache_config import read_cache_setup, write_cache_setup
+from optgptq.formats.kv_cache_config import write_cache_setup
 from optgptq.kv_cache.hadamard import block_hadamard
 from optgptq.kv_cache.page_layout import PAGE_MULTIPLE, PageLayout, bits_per_value
 from optgptq.kv_cache.scheme import CacheScheme, LayerScheme, SideScheme
@@ -29,6 +29,7 @@ from optgptq.recipe.records import Recipe
 from optgptq.recipe.sources import source_for_record
 from optgptq.reports import events
 from optgptq.reports.events import ProgressListener
+from optgptq.runtime.cache_plan import cache_of_folder
 from optgptq.runtime.decoded import decoded_layers
 from optgptq.transforms.kv_scales import KVScales, shares_key_scale
 
@@ -42,6 +43,7 @@ class CacheJob:
         spec: the model as it was written.
         dtype, device: of the computation.
         progress: hears of every decoder layer, and of what was found.
+        folded: channel scales that were moved into the weights, by decoder layer; empty for none.
     """
 
     plan: CachePlan
@@ -50,6 +52,7 @@ class CacheJob:
     dtype: torch.dtype
     device: torch.device
     progress: ProgressListener
+    folded: tuple[KVScales, ...] = ()
 
     def scales_to_fold(self, source: TensorSource, windows: Windows) -> tuple[KVScales, ...]:
         """Return channel scales for the weights of `source`, which are not quantized yet; see `scales_to_fold`."""
@@ -146,21 +149,17 @@ class CacheJob:
     def _folded(self) -> dict[str, Any]:
         """Return what was moved into the weights before."""
         told: dict[str, Any] = {}
-        if self.recipe.kv_cache.fold:
-            told |= {"k_scale": True, "v_scale": True, "k_norm_gain": shares_key_scale(self.spec)}
+        if self.folded:
+            keys = any(scales.key_KD is not None for scales in self.folded)
+            values = any(scales.value_KD is not None for scales in self.folded)
+            told |= {"k_scale": keys, "v_scale": values, "k_norm_gain": keys and shares_key_scale(self.spec)}
         if self.recipe.transform.value_rotation != "none":
             told["v_rotation"] = self.recipe.transform.value_rotation
         return told
 
     def _verify(self, folder: Path, found: CalibratedCache) -> None:
         """Raise FormatError unless what is read is what was found."""
-        spec = self.spec
-        setup = read_cache_setup(
-            CheckpointFolder.open(folder),
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-        )
+        setup = cache_of_folder(CheckpointFolder.open(folder), self.spec)
         if setup is None or setup.scheme != found.scheme or not _same_parameters(setup.layers, found.layers):
             raise FormatError(
                 f"{folder}, kv_cache_quantization",
@@ -181,6 +180,7 @@ def calibration_settings(plan: CachePlan, recipe: Recipe) -> CacheCalibrationSet
         rounding=kv_cache.rounding or "fitted",
         budget_bits=kv_cache.budget_bits,
         fixed_layers=plan.fixed_layers,
+        allowed_bits=plan.allowed_bits,
         refine=kv_cache.refine,
         seed=recipe.calibration.seed,
     )
@@ -202,8 +202,8 @@ def cache_facts(spec: DecoderSpec, scheme: CacheScheme) -> dict[str, Any]:
     exact = layout(LayerScheme(keys=SideScheme(), values=SideScheme()))
     layers = scheme.layers
     return {
-        "bits_per_key": sum(bits_per_value(layer.keys) for layer in layers) / len(layers),
-        "bits_per_value": sum(bits_per_value(layer.values) for layer in layers) / len(layers),
+        "bits_per_key": sum(bits_per_value(layer.keys, spec.head_dim) for layer in layers) / len(layers),
+        "bits_per_value": sum(bits_per_value(layer.values, spec.head_dim) for layer in layers) / len(layers),
         "bytes_per_token": sum(layout(layer).bytes_per_token for layer in layers),
         "exact_bytes_per_token": exact.bytes_per_token * len(layers),
         "layers": [{"key_bits": layer.keys.bits, "value_bits": layer.values.bits} for layer in layers],

@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from optgptq.errors import ModelError, RecipeError
-from optgptq.kv_cache.page_layout import CHANNEL_MULTIPLE
+from optgptq.kv_cache.page_layout import CHANNEL_MULTIPLE, row_bytes
 from optgptq.kv_cache.scheme import (
+    CODE_BITS,
     USUAL_RECENT_TOKENS,
     USUAL_SINK_TOKENS,
     CacheScheme,
@@ -27,16 +28,20 @@ class CachePlan:
     Attributes:
         scheme: bits and groups by decoder layer; with a budget the bits are a start.
         fixed_layers: layers that the recipe names; a budget leaves their bits alone.
+        allowed_bits: what a budget may give a side: 2 bits only beside the exact tokens that these need.
         notes: what is not done as asked, and why.
     """
 
     scheme: CacheScheme
     fixed_layers: frozenset[int]
+    allowed_bits: tuple[int, ...]
     notes: tuple[str, ...]
 
 
-def plan_cache(spec: DecoderSpec, recipe: KVCacheRecipe) -> CachePlan | None:
+def plan_cache(spec: DecoderSpec, recipe: KVCacheRecipe, *, weights_stay: bool = False) -> CachePlan | None:
     """Return the plan, None where nothing of the cache is quantized.
+
+    `weights_stay`: the job has no other task, so that advice to leave the cache alone names one.
 
     Raises:
         RecipeError: layers that the model does not have, groups that do not divide its heads, or nothing left to
@@ -50,7 +55,7 @@ def plan_cache(spec: DecoderSpec, recipe: KVCacheRecipe) -> CachePlan | None:
             "kv_cache.bits",
             expected=f"heads whose channels are a multiple of {CHANNEL_MULTIPLE}, which codes are packed from",
             found=f"{spec.head_dim} channels",
-            action="Set kv_cache.bits=16 for this model.",
+            action=f"{_leaving_it(weights_stay=weights_stay)} for this model.",
         )
     if recipe.group_size != -1 and spec.head_dim % recipe.group_size:
         raise RecipeError(
@@ -65,12 +70,31 @@ def plan_cache(spec: DecoderSpec, recipe: KVCacheRecipe) -> CachePlan | None:
             "kv_cache.skip_layers and kv_cache.layers",
             expected="at least one decoder layer to quantize",
             found=f"16 bits for all {spec.num_layers}",
-            action="Name fewer layers, or set kv_cache.bits=16.",
+            action=f"Name fewer layers. {_leaving_it(weights_stay=weights_stay)} where no layer is to have codes.",
         )
     return CachePlan(
         scheme=CacheScheme(layers=layers, past=_past(recipe, layers)),
         fixed_layers=fixed,
-        notes=_notes(spec, recipe),
+        allowed_bits=_allowed_bits(recipe, layers),
+        notes=(*_notes(spec, recipe), *_padding_notes(spec, layers)),
+    )
+
+
+def check_num_windows(of_text: int, of_cache: int) -> None:
+    """Raise RecipeError where the windows that a cache is calibrated on are fewer than two.
+
+    Args:
+        of_text: calibration.num_windows.
+        of_cache: kv_cache.num_windows.
+    """
+    if min(of_text, of_cache) >= 2:
+        return
+    field = "kv_cache.num_windows" if of_cache < of_text else "calibration.num_windows"
+    raise RecipeError(
+        field,
+        expected="at least 2 windows where a KV cache is calibrated: one to measure on, one to choose with",
+        found=str(min(of_text, of_cache)),
+        action=f"Set {field} to 2 or more, or set kv_cache.calibrated=false.",
     )
 
 
@@ -137,10 +161,7 @@ def _numbers(text: str, spec: DecoderSpec, *, where: str) -> list[int]:
 def _past(recipe: KVCacheRecipe, layers: tuple[LayerScheme, ...]) -> PastRule:
     mode, window = parse_past_mode(recipe.past_only)
     by_token = any(layer.keys.axis == "token" for layer in layers)
-    fewest = min(side.bits for layer in layers for side in (layer.keys, layer.values))
-    if recipe.budget_bits is not None:
-        # A budget may give any side fewer bits than the mean.
-        fewest = min(fewest, 2 if recipe.budget_bits < 3 else 3)
+    fewest = _fewest_bits(recipe, layers)
     return PastRule(
         mode=mode,
         window=window,
@@ -148,6 +169,47 @@ def _past(recipe: KVCacheRecipe, layers: tuple[LayerScheme, ...]) -> PastRule:
         recent_tokens=USUAL_RECENT_TOKENS[fewest] if recipe.recent_tokens is None else recipe.recent_tokens,
         granule=recipe.key_group_tokens if by_token else 1,
     )
+
+
+def _fewest_bits(recipe: KVCacheRecipe, layers: tuple[LayerScheme, ...]) -> int:
+    fewest = min(side.bits for layer in layers for side in (layer.keys, layer.values))
+    if recipe.budget_bits is None:
+        return fewest
+    # A budget may give any side fewer bits than the mean.
+    return min(fewest, 2 if recipe.budget_bits < 3 else 3)
+
+
+def _allowed_bits(recipe: KVCacheRecipe, layers: tuple[LayerScheme, ...]) -> tuple[int, ...]:
+    """Return what a budget may choose from; codes of 2 bits are not usable beside the exact tokens of 3."""
+    names_tokens = recipe.sink_tokens is not None and recipe.recent_tokens is not None
+    if names_tokens or _fewest_bits(recipe, layers) == CODE_BITS[0]:
+        return CODE_BITS
+    return CODE_BITS[1:]
+
+
+def _leaving_it(*, weights_stay: bool) -> str:
+    if weights_stay:
+        return "Set kv_cache.bits=16 and give the job another task (a weights.method, gqa.group or a transform)"
+    return "Set kv_cache.bits=16"
+
+
+def _padding_notes(spec: DecoderSpec, layers: tuple[LayerScheme, ...]) -> tuple[str, ...]:
+    """Return a sentence for each number of bits whose rows are filled up to those of more bits."""
+    asked = {side.bits for layer in layers for side in (layer.keys, layer.values) if not side.is_exact}
+    notes = []
+    for bits in sorted(asked):
+        taken = _code_row_bytes(bits, spec)
+        wider = [more for more in CODE_BITS if more > bits and _code_row_bytes(more, spec) <= taken]
+        if wider:
+            notes.append(
+                f"kv_cache: at heads of {spec.head_dim} channels, codes of {bits} bits take no fewer bytes than those "
+                f"of {wider[-1]}, since rows are filled up: take {wider[-1]}"
+            )
+    return tuple(notes)
+
+
+def _code_row_bytes(bits: int, spec: DecoderSpec) -> int:
+    return row_bytes(_along_channels(bits, spec.head_dim), spec.head_dim, exact_bytes=2)
 
 
 def _notes(spec: DecoderSpec, recipe: KVCacheRecipe) -> tuple[str, ...]:

@@ -24,9 +24,17 @@ from optgptq.runtime.self_text import SelfWriting, write_windows
 
 
 def calibration_windows(
-    folder: CheckpointFolder, spec: DecoderSpec, calibration: CalibrationRecipe, *, dtype: torch.dtype, device: str
+    folder: CheckpointFolder,
+    spec: DecoderSpec,
+    calibration: CalibrationRecipe,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    for_linears: bool = True,
 ) -> tuple[Windows, tuple[str, ...]]:
     """Return the windows that the recipe asks for, and warnings about them.
+
+    `for_linears`: second moments of the inputs of linears are measured on them.
 
     Raises:
         TextError: no tokenizer, or a text that cannot be used.
@@ -42,7 +50,7 @@ def calibration_windows(
         documents = load_documents(source, render_chat=tokenizer.render_chat)
         windows = build_windows(documents, tokenizer, WindowSettings.of(calibration, window_size=window_size))
         warnings = source_warnings(source)
-    widest = max(linear.in_features for linear in model_linears(spec))
+    widest = max(linear.in_features for linear in model_linears(spec)) if for_linears else None
     return windows, warnings + lint(windows, tokenizer, widest_input=widest, max_position=spec.max_position)
 
 

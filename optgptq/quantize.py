@@ -12,7 +12,7 @@ import torch
 
 import optgptq
 from optgptq.cache_job import CacheJob
-from optgptq.cache_plan import CachePlan, check_windows, most_parameter_bytes, plan_cache
+from optgptq.cache_plan import CachePlan, check_num_windows, check_windows, most_parameter_bytes, plan_cache
 from optgptq.calibration.start import check_norm_tweaking, num_held_out
 from optgptq.calibration_text import calibration_windows
 from optgptq.checkpoint.folder import CONFIG_FILE, CheckpointFolder
@@ -34,6 +34,7 @@ from optgptq.recipe.records import Recipe
 from optgptq.reports import events
 from optgptq.reports.events import ProgressListener, ignore_progress
 from optgptq.runtime.device import compute_dtype, require_device
+from optgptq.transforms.kv_scales import KVScales
 from optgptq.weight_job import WeightJob, verify_copy
 
 # Safetensors headers, JSON files and the copies of small files, beside the tensors themselves.
@@ -103,7 +104,9 @@ class _Job:
         self.device = require_device(device)
         self.progress = progress
         self.form = format_named(recipe.export.format)
-        self.cache_plan = plan_cache(self.source.spec, recipe.kv_cache)
+        self.cache_plan = plan_cache(self.source.spec, recipe.kv_cache, weights_stay=self.keeps_weights)
+        if self.cache_plan is not None and recipe.kv_cache.calibrated:
+            check_num_windows(recipe.calibration.num_windows, recipe.kv_cache.num_windows)
         check_norm_tweaking(self.source.spec, recipe)
         self.plans = plan_linears(self.source.spec, recipe, self.form)
         self.layouts = [*(plan.layout for plan in self.plans), *outer_layouts(self.source.spec)]
@@ -117,6 +120,7 @@ class _Job:
             ]
         self.windows: Windows | None = None
         self.cache_record: dict[str, Any] | None = None
+        self.folded: tuple[KVScales, ...] = ()
 
     @property
     def keeps_weights(self) -> bool:
@@ -206,7 +210,12 @@ class _Job:
             calibration = calibration.model_copy(update={"num_windows": num_windows})
         self.progress(events.PhaseStarted(name="calibration text", detail=calibration.source))
         windows, warnings = calibration_windows(
-            self.source.folder, self.source.original_spec, calibration, dtype=self.dtype, device=str(self.device)
+            self.source.folder,
+            self.source.original_spec,
+            calibration,
+            dtype=self.dtype,
+            device=str(self.device),
+            for_linears=not self.keeps_weights or self.source.grouping is not None,
         )
         for warning in warnings:
             self._warn(warning)
@@ -244,7 +253,8 @@ class _Job:
 
     def _fold(self, windows: Windows) -> None:
         if self.cache_plan is not None and self.recipe.kv_cache.fold:
-            self.source.fold(self._cache_job(self.cache_plan).scales_to_fold(self.source.tensors, windows))
+            self.folded = self._cache_job(self.cache_plan).scales_to_fold(self.source.tensors, windows)
+            self.source.fold(self.folded)
 
     def _cache_job(self, plan: CachePlan) -> CacheJob:
         return CacheJob(
@@ -254,6 +264,7 @@ class _Job:
             dtype=self.dtype,
             device=self.device,
             progress=self.progress,
+            folded=self.folded,
         )
 
     def _warn(self, message: str) -> None:

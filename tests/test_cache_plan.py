@@ -9,12 +9,14 @@ import pytest
 from support.quantizable import tiny_model
 from support.tiny_models import reference_model
 
-from optgptq.cache_plan import CachePlan, check_windows, most_parameter_bytes, plan_cache
+from optgptq.cache_job import calibration_settings
+from optgptq.cache_plan import CachePlan, check_num_windows, check_windows, most_parameter_bytes, plan_cache
 from optgptq.errors import ModelError, OptGPTQError, RecipeError
 from optgptq.kv_cache.scheme import LayerScheme, SideScheme
 from optgptq.models.registry import config_spec
 from optgptq.models.spec import DecoderSpec
 from optgptq.recipe.kv_cache import KVCacheRecipe
+from optgptq.recipe.records import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +170,56 @@ def test_windows_must_be_longer_than_what_is_exact(spec: DecoderSpec, values: di
     assert caught.value.where == "calibration.window_size"
     assert caught.value.found.startswith(f"{exact} tokens, with the first {plan.scheme.past.sink_tokens} ")
     check_windows(plan, exact + 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "fewest"),
+    [
+        ({"budget_bits": 3.5}, 3),
+        ({"budget_bits": 3.5, "sink_tokens": 0}, 3),
+        ({"budget_bits": 3.5, "recent_tokens": 0}, 3),
+        ({"budget_bits": 3.5, "sink_tokens": 0, "recent_tokens": 0}, 2),
+        ({"budget_bits": 2.5}, 2),
+        ({"budget_bits": 3.5, "layers": [{"layers": "0", "key_bits": 2}]}, 2),
+    ],
+)
+def test_a_budget_gives_two_bits_only_beside_the_exact_tokens_of_two_bits(
+    spec: DecoderSpec, values: dict[str, Any], fewest: int
+) -> None:
+    assert min(planned(spec, **values).allowed_bits) == fewest
+
+
+@pytest.mark.parametrize(
+    ("of_text", "of_cache", "field"),
+    [(1, 16, "calibration.num_windows"), (1, 1, "calibration.num_windows"), (128, 1, "kv_cache.num_windows")],
+)
+def test_too_few_windows_name_the_setting_that_is_smaller(of_text: int, of_cache: int, field: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_num_windows(of_text, of_cache)
+    assert caught.value.where == field
+    assert caught.value.action.startswith(f"Set {field} to 2")
+    check_num_windows(2, 2)
+
+
+def test_rows_that_are_filled_up_are_said(spec: DecoderSpec) -> None:
+    (note,) = planned(spec, bits=3).notes
+    assert "heads of 16 channels, codes of 3 bits take no fewer bytes than those of 4" in note
+    assert planned(spec, bits=4, value_bits=2).notes == ()
+    assert planned(replace(spec, head_dim=32), bits=3).notes == ()
+
+
+@pytest.mark.parametrize("head_dim", [16, 10])
+def test_advice_does_not_lead_in_a_circle(spec: DecoderSpec, head_dim: int) -> None:
+    recipe = KVCacheRecipe(bits=4, skip_layers="0-2")
+    for weights_stay in (False, True):
+        with pytest.raises(OptGPTQError) as caught:
+            plan_cache(replace(spec, head_dim=head_dim), recipe, weights_stay=weights_stay)
+        # Without a cache such a job would have nothing to do, which is refused too.
+        assert ("weights.method" in caught.value.action) == weights_stay
+
+
+def test_the_calibration_hears_of_the_bits_that_a_budget_may_give(spec: DecoderSpec) -> None:
+    recipe = Recipe(kv_cache=KVCacheRecipe(bits=4, budget_bits=3.5))
+    plan = plan_cache(spec, recipe.kv_cache)
+    assert plan is not None
+    assert calibration_settings(plan, recipe).allowed_bits == (3, 4, 8)

@@ -268,3 +268,19 @@ def test_scales_for_other_engines_are_the_largest_numbers(models: dict[str, Path
         load_model(output)
     heads, whole = (CheckpointFolder.open(tmp_path / strategy).read(names[0]) for strategy in ("head", "tensor"))
     assert float(heads.max()) == float(whole)
+
+
+def test_only_what_was_folded_is_said(models: dict[str, Path], tmp_path: Path) -> None:
+    recipe = recipe_of(bits=16, value_bits=4, fold=True)
+    result = quantize(models["qwen3-norms"], recipe, tmp_path / "out")
+    folded = result.record["kv_cache"]["folded"]
+    assert folded == {"k_scale": False, "v_scale": True, "k_norm_gain": False}
+
+
+def test_a_cache_alone_needs_no_tokens_for_linears(models: dict[str, Path], tmp_path: Path) -> None:
+    both, cache = (
+        quantize(models["qwen3-norms"], recipe_of(weights), tmp_path / name).warnings
+        for name, weights in (("both", RTN), ("cache", None))
+    )
+    assert any("Hessian" in warning for warning in both)
+    assert not any("Hessian" in warning for warning in cache)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.quantizable import tiny_model, write_model
 
 from optgptq import cache_job
@@ -54,7 +56,10 @@ def test_heads_that_do_not_split(name: str, head_dim: int, tmp_path: Path) -> No
     error = refused(ModelError, folder, tmp_path / "out", recipe_of())
     assert (error.where, error.found) == ("kv_cache.bits", f"{head_dim} channels")
     assert error.expected == "heads whose channels are a multiple of 8, which codes are packed from"
-    assert error.action == "Set kv_cache.bits=16 for this model."
+    assert error.action == (
+        "Set kv_cache.bits=16 and give the job another task (a weights.method, gqa.group or a transform) "
+        "for this model."
+    )
 
 
 def test_layers_that_there_are_not(model: Path, tmp_path: Path) -> None:
@@ -76,7 +81,8 @@ def test_one_window_is_too_few(model: Path, tmp_path: Path) -> None:
     error = refused(RecipeError, model, tmp_path / "out", recipe_of(calibration={"num_windows": 1}))
     assert error.where == "calibration.num_windows"
     error = refused(RecipeError, model, tmp_path / "out", recipe_of(num_windows=1))
-    assert error.found == "1"
+    assert (error.where, error.found) == ("kv_cache.num_windows", "1")
+    quantize(model, recipe_of(num_windows=1, calibrated=False), tmp_path / "out")
 
 
 def test_windows_without_a_key_that_is_read_from_codes(model: Path, tmp_path: Path) -> None:
@@ -161,3 +167,21 @@ def test_weights_that_are_not_finite_are_named(model: Path, tmp_path: Path) -> N
     for is_calibrated in (True, False):
         error = refused(ModelError, folder, tmp_path / "out", recipe_of(calibrated=is_calibrated))
         assert error.where.endswith(info.name)
+
+
+def test_scales_that_split_a_rotary_pair_are_not_published(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrate = cache_job.calibrate_cache
+
+    def untie(*arguments: Any, **options: Any) -> CalibratedCache:
+        found = calibrate(*arguments, **options)
+        keys = found.layers[0].keys
+        scale_KD = torch.ones(2, 8)
+        scale_KD[0, 0] = 2.0
+        layers = (replace(found.layers[0], keys=replace(keys, scale_KD=scale_KD)), *found.layers[1:])
+        return replace(found, layers=layers)
+
+    monkeypatch.setattr(cache_job, "calibrate_cache", untie)
+    error = refused(FormatError, model, tmp_path / "out", recipe_of(key_transform="shift_scale"))
+    assert "layer" in error.where or "layers.0" in error.found

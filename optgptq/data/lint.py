@@ -11,13 +11,15 @@ SMALLEST_VOCABULARY_SHARE = 0.01
 FEWEST_DISTINCT_TOKENS = 16
 
 
-def lint(windows: Windows, tokenizer: Tokenizer, *, widest_input: int, max_position: int | None) -> tuple[str, ...]:
+def lint(
+    windows: Windows, tokenizer: Tokenizer, *, widest_input: int | None, max_position: int | None
+) -> tuple[str, ...]:
     """Return warnings about a calibration text, in plain sentences.
 
     Args:
         windows: the text.
         tokenizer: of the model.
-        widest_input: input columns of the widest linear, the size of its Hessian.
+        widest_input: input columns of the widest linear, the size of its Hessian; None where none is measured.
         max_position: positions the model was made for, None where it has no limit.
     """
     return (
@@ -29,13 +31,15 @@ def lint(windows: Windows, tokenizer: Tokenizer, *, widest_input: int, max_posit
     )
 
 
-def _quantity(windows: Windows, widest_input: int) -> list[str]:
+def _quantity(windows: Windows, widest_input: int | None) -> list[str]:
     warnings = []
     if windows.num_windows < windows.num_windows_requested:
         warnings.append(
             f"The text fills {windows.num_windows} windows of {windows.window_size} tokens; "
             f"{windows.num_windows_requested} were asked for."
         )
+    if widest_input is None:
+        return warnings
     num_tokens = windows.num_tokens
     if num_tokens < widest_input:
         warnings.append(

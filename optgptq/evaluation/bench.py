@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from optgptq.errors import UsageError
 from optgptq.evaluation.bench_report import (
+    WARM_UP_TOKENS,
     BenchReport,
     BenchSettings,
     CacheFigures,
     PageFigures,
     Speeds,
     Spread,
-    require,
 )
 from optgptq.evaluation.decode_floor import Bandwidth, decode_bytes, measure_bandwidth
 from optgptq.evaluation.engine_check import EngineCheck, check_engine
@@ -26,8 +27,6 @@ from optgptq.scheduling.usage import Usage
 
 # Enough to see a wrong page or position; each token costs a full forward.
 _CHECK_PROMPTS, _CHECK_TOKENS, _CHECK_SIZES = 3, 8, (5, 40)
-# Kernels are compiled and steps recorded before anything is measured.
-_WARM_UP_TOKENS = 4
 
 Progress = Callable[[int, int], None]
 
@@ -57,7 +56,7 @@ def run_benches(
         _require_room(arm.engine, settings)
     for arm in arms:
         arm.check = _check(arm.engine, settings, arm.generator) if settings.check else None
-        _together(arm.engine, settings, arm.generator, num_new_tokens=_WARM_UP_TOKENS)
+        _together(arm.engine, settings, arm.generator, num_new_tokens=WARM_UP_TOKENS)
     for number in range(settings.rounds):
         for place, arm in enumerate(arms, start=1):
             arm.rounds.append(_round(arm.engine, settings, arm.generator))
@@ -98,12 +97,17 @@ def _report(arm: _Arm, settings: BenchSettings, peaks: tuple[int, int | None], b
 
 
 def _require_room(engine: Engine, settings: BenchSettings) -> None:
-    longest = settings.prompt_sizes[1] + max(settings.num_new_tokens, _WARM_UP_TOKENS)
-    require(
-        longest <= engine.max_length,
+    if settings.longest <= engine.max_length:
+        return
+    fitting = settings.cut(engine.max_length)
+    sizes = "{}:{}".format(*fitting.prompt_sizes)
+    raise UsageError(
         "--prompt-tokens and --new-tokens",
-        f"at most {engine.max_length} tokens together, which is all that a text may have here",
-        longest,
+        expected=f"at most {engine.max_length} tokens together, which is all that a text may have here",
+        found=str(settings.longest),
+        action="Use a model or a max_length with room for 8 tokens."
+        if fitting.longest > engine.max_length
+        else f"Write --prompt-tokens {sizes} --new-tokens {fitting.num_new_tokens} for example.",
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from optgptq.errors import UsageError
 from optgptq.runtime.engine import Engine
-from optgptq.runtime.engine_settings import CACHE_CHOICES, EngineSettings
+from optgptq.runtime.engine_settings import CACHE_CHOICES, PLAIN_CACHE, EngineSettings
 from optgptq.runtime.llm import LoadedModel
 from optgptq.runtime.start import cache_budget
 
@@ -44,7 +44,8 @@ def cache_engines(loaded: LoadedModel, settings: EngineSettings, choices: Sequen
         settings = replace(settings, kv_cache_bytes=max(total // len(choices), 1))
     engines: list[Engine] = []
     for choice in choices:
-        own = replace(settings, kv_cache=choice)
+        # A mode is for those that are quantized: with a plain one beside them nothing is amiss.
+        own = replace(settings, kv_cache=choice, past_only=None if choice == PLAIN_CACHE else settings.past_only)
         engines.append(Engine(decoder, loaded.tokenizer, own, loaded.cache))
         # The weights are fused once.
         decoder = engines[0].decoder

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from optgptq.errors import UsageError
 from optgptq.evaluation.decode_floor import Bandwidth, DecodeBytes
 from optgptq.evaluation.engine_check import EngineCheck
+
+# Kernels are compiled and steps recorded before anything is measured.
+WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,25 @@ class BenchSettings:
         require(self.num_new_tokens >= 2, "--new-tokens", "2 or more", self.num_new_tokens)
         require(0 <= self.num_shared < low, "--shared-prefix", f"fewer than {low} tokens", self.num_shared)
         require(self.rounds >= 1, "--rounds", "1 or more", self.rounds)
+
+    def cut(self, max_length: int, *, prompts: bool = True, new_tokens: bool = True) -> BenchSettings:
+        """Return the settings with sizes that fit a text of `max_length` tokens; only those that may change, do.
+
+        As they are where that is not possible.
+        """
+        (low, high), num_new = self.prompt_sizes, self.num_new_tokens
+        if new_tokens and self.longest > max_length:
+            num_new = min(num_new, max_length // 4 if prompts else max_length - high)
+        if prompts:
+            high = min(high, max_length - max(num_new, WARM_UP_TOKENS))
+        if high < 1 or num_new < 2:
+            return self
+        return replace(self, prompt_sizes=(min(low, high), high), num_new_tokens=num_new)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return self.prompt_sizes[1] + max(self.num_new_tokens, WARM_UP_TOKENS)
 
     @property
     def usual_size(self) -> int:

@@ -10,16 +10,14 @@ Shapes: `B` windows, `S` positions of a window, `M` model width.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import lcm
 
 import torch
 
 from optgptq.evaluation.perplexity import ScoringHead
-from optgptq.kv_cache.page_layout import PAGE_MULTIPLE
 from optgptq.kv_cache.scheme import EXACT_BITS
 from optgptq.kv_cache.setup import CacheSetup
 from optgptq.models.decoder import Decoder
-from optgptq.runtime.cache_plan import CachePlan, layer_page_bytes, plan_cache
+from optgptq.runtime.cache_plan import CachePlan, layer_page_bytes, plan_cache, tokens_of_page
 from optgptq.runtime.engine_settings import CACHE_OF_CHECKPOINT, EngineSettings
 from optgptq.runtime.runner import Runner
 from optgptq.runtime.start import start_runner
@@ -106,7 +104,6 @@ class DecodingModel:
         settings = EngineSettings(
             kv_cache=choice.kv_cache,
             past_only=choice.past_only,
-            page_size=_page_size(setup),
             max_length=window_size,
             max_running=1,
             max_step_tokens=_STEP_TOKENS,
@@ -118,8 +115,8 @@ class DecodingModel:
         if cache is not None and cache.past.depends_on_steps:
             settings = replace(settings, past_only="token")
             cache = plan_cache(setup, decoder.spec, settings, number_bytes=_EXACT_BYTES)
-        page = {"page_size": settings.page_size, "number_bytes": _EXACT_BYTES}
-        num_bytes = sum(layer_page_bytes(decoder.spec, cache, **page)) / settings.page_size
+        page = {"page_size": tokens_of_page(settings, cache), "number_bytes": _EXACT_BYTES}
+        num_bytes = sum(layer_page_bytes(decoder.spec, cache, **page)) / page["page_size"]
         runner, limits = start_runner(decoder, settings, setup)
         return cls(runner=runner, tables=PageTables(limits), cache=_facts(cache, num_bytes))
 
@@ -156,13 +153,6 @@ class DecodingModel:
         request = Request(request_id="window", prompt_ids=tuple(tokens), params=SamplingParams(), arrival=0.0)
         groups = self.runner.attend.pool.plan.groups
         return Sequence(request, 0, rank=(0, 0.0, 0, 0), num_groups=len(groups))
-
-
-def _page_size(setup: CacheSetup | None) -> int:
-    """Return tokens of a page that hold whole groups along tokens."""
-    schemes = () if setup is None else setup.scheme.layers
-    sides = [side for scheme in schemes for side in (scheme.keys, scheme.values)]
-    return lcm(PAGE_MULTIPLE, *(side.group_size for side in sides if side.axis == "token" and not side.is_exact))
 
 
 def _facts(cache: CachePlan | None, bytes_per_token: float) -> CacheFacts:

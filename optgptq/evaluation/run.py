@@ -19,6 +19,7 @@ from optgptq.evaluation.perplexity import EvalResult, LanguageModel, evaluate
 from optgptq.models.decoder import Decoder
 from optgptq.models.spec import DecoderSpec
 from optgptq.runtime.cache_plan import cache_of_folder
+from optgptq.runtime.engine_settings import CACHE_OF_CHECKPOINT
 from optgptq.runtime.load import load_model
 
 # Everything that a tokenizer is made from, in the spellings that model folders use.
@@ -160,7 +161,8 @@ class _Models:
 def _models(folder: Path, decoder: Decoder, settings: EvaluationSettings, *, window_size: int) -> _Models:
     if settings.decoding is None:
         return _Models(candidate=decoder)
-    setup = cache_of_folder(CheckpointFolder.open(folder), decoder.spec)
+    is_read = settings.decoding.kv_cache == CACHE_OF_CHECKPOINT
+    setup = cache_of_folder(CheckpointFolder.open(folder), decoder.spec) if is_read else None
     through_pages = DecodingModel.start(decoder, setup, settings.decoding, window_size=window_size)
     return _Models(
         candidate=through_pages,

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optgptq.formats.kv_cache_keys import FIXED_LAYER, FIXED_SIDE, PARAMS_FILE, VERSION, granule_of
+from optgptq.formats.kv_cache_keys import FIXED_LAYER, FIXED_SIDE, PARAMS_FILE, VERSION
 from optgptq.kv_cache.page_layout import PAGE_MULTIPLE
-from optgptq.kv_cache.scheme import CacheScheme, LayerScheme, SideScheme
+from optgptq.kv_cache.scheme import CacheScheme, LayerScheme, SideScheme, granule_of
 
 
 def cache_content(

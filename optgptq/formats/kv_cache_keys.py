@@ -21,6 +21,7 @@ from optgptq.kv_cache.scheme import (
     LayerScheme,
     PastRule,
     SideScheme,
+    granule_of,
     parse_past_mode,
 )
 
@@ -242,9 +243,3 @@ def _past(fields: Fields, layers: Sequence[LayerKeys]) -> PastRule:
         recent_tokens=fields.integer("recent_tokens", default=0, minimum=0),
         granule=granule,
     )
-
-
-def granule_of(layers: Sequence[LayerScheme]) -> int:
-    """Return the tokens that become codes together: 1 where no group runs along tokens."""
-    sizes = [side.group_size for layer in layers for side in (layer.keys, layer.values) if side.axis == "token"]
-    return math.lcm(1, *sizes)

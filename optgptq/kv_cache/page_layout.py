@@ -100,9 +100,11 @@ def row_bytes(side: SideScheme, head_dim: int, exact_bytes: int) -> int:
     return _aligned(head_dim * side.bits // 8, _ROW_ALIGNMENT)
 
 
-def bits_per_value(side: SideScheme) -> float:
-    """Return the bits of a number: its code, and its share of a scale and a minimum."""
-    return float(side.bits) if side.is_exact else side.bits + 8 * _PARAMETER_BYTES / side.group_size
+def bits_per_value(side: SideScheme, head_dim: int) -> float:
+    """Return the bits of a number: its code, and its share of a scale and a minimum and of what fills up rows."""
+    if side.is_exact:
+        return float(side.bits)
+    return 8 * row_bytes(side, head_dim, 0) / head_dim + 8 * _PARAMETER_BYTES / side.group_size
 
 
 def _aligned(num_bytes: int, alignment: int = _ALIGNMENT) -> int:

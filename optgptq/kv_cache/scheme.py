@@ -6,6 +6,8 @@ made from a recipe.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,6 +126,12 @@ class CacheScheme:
     def is_exact(self) -> bool:
         """Nothing is quantized at all."""
         return all(layer.is_exact for layer in self.layers)
+
+
+def granule_of(layers: Sequence[LayerScheme]) -> int:
+    """Return the tokens that become codes together: 1 where no group runs along tokens."""
+    sides = [side for layer in layers for side in (layer.keys, layer.values)]
+    return math.lcm(*(side.group_size for side in sides if side.axis == "token" and not side.is_exact))
 
 
 def parse_past_mode(text: str) -> tuple[PastMode, int]:

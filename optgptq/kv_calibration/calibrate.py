@@ -98,6 +98,8 @@ def calibrate_cache(
     record["is_plain"] = calibrated > plain
     if calibrated > plain:
         found = [_NOTHING] * spec.num_layers
+        # What is told of the cache is told of the one that is written.
+        record |= {"held_out_kl": plain, "held_out_kl_discarded": calibrated}
     return CalibratedCache(scheme=CacheScheme(layers=schemes, past=settings.past), layers=tuple(found), record=record)
 
 

@@ -111,6 +111,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_fp8_scales(self) -> Self:
+        if self.kv_cache.fp8_scales != "off" and self.weights.method == "none":
+            raise impossible(
+                "kv_cache.fp8_scales",
+                expected="off where weights stay as they are (weights.method none): readers look for them in "
+                "compressed-tensors checkpoints alone",
+                found=f"{self.kv_cache.fp8_scales} with weights.method none",
+                action="Set kv_cache.fp8_scales=off, or choose a weights.method and export.format=compressed-tensors.",
+            )
         if self.kv_cache.fp8_scales != "off" and self.export.format != "compressed-tensors":
             raise impossible(
                 "kv_cache.fp8_scales",

@@ -28,7 +28,7 @@ class CacheSideReport:
         bits: of a code; 16: not quantized.
         group_size: numbers that share a scale and a minimum; 0 where nothing is quantized.
         axis: along which a group runs, `channel` or `token`.
-        bits_per_value: with the share of scale and minimum.
+        bits_per_value: with the share of scale and minimum, and of what fills up rows of codes.
         transform: what is done before rounding.
         fitted: codes are fitted to what an error costs; else each number is rounded to the nearest.
     """
@@ -122,18 +122,18 @@ def _layer(index: int, said: LayerKeys, spec: DecoderSpec, stored: Collection[st
     key_transform, value_transform = said.transforms
     return CacheLayerReport(
         index=index,
-        keys=_side(said.scheme.keys, key_transform, fitted=f"layers.{index}.k_metric" in stored),
-        values=_side(said.scheme.values, value_transform, fitted=f"layers.{index}.v_metric" in stored),
+        keys=_side(said.scheme.keys, spec, key_transform, fitted=f"layers.{index}.k_metric" in stored),
+        values=_side(said.scheme.values, spec, value_transform, fitted=f"layers.{index}.v_metric" in stored),
         bytes_per_token=layout.bytes_per_token,
     )
 
 
-def _side(side: SideScheme, transform: str, *, fitted: bool) -> CacheSideReport:
+def _side(side: SideScheme, spec: DecoderSpec, transform: str, *, fitted: bool) -> CacheSideReport:
     return CacheSideReport(
         bits=side.bits,
         group_size=side.group_size,
         axis=side.axis,
-        bits_per_value=bits_per_value(side),
+        bits_per_value=bits_per_value(side, spec.head_dim),
         transform="none" if side.is_exact else transform,
         # Groups along tokens take no metric.
         fitted=fitted and not side.is_exact and side.axis == "channel",

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from math import lcm
 
 from optgptq.checkpoint.folder import CheckpointFolder
-from optgptq.errors import ModelError, UsageError
+from optgptq.errors import UsageError
 from optgptq.formats.kv_cache_config import data_free_setup, read_cache_setup
-from optgptq.kv_cache.page_layout import CHANNEL_MULTIPLE, PAGE_MULTIPLE, PageLayout, bits_per_value
+from optgptq.kv_cache.page_layout import PAGE_MULTIPLE, PageLayout, bits_per_value
+from optgptq.kv_cache.page_planes import Side, side_scheme
 from optgptq.kv_cache.rotary_pairs import RotaryPairs
 from optgptq.kv_cache.scheme import (
     USUAL_RECENT_TOKENS,
     USUAL_SINK_TOKENS,
     CacheScheme,
-    LayerScheme,
     PastRule,
-    SideScheme,
+    granule_of,
     parse_past_mode,
 )
 from optgptq.kv_cache.setup import CacheSetup
 from optgptq.models.spec import DecoderSpec
-from optgptq.runtime.engine_settings import CACHE_OF_CHECKPOINT, DATA_FREE_BITS, EngineSettings
+from optgptq.runtime.cache_checks import require_fit, require_head_size
+from optgptq.runtime.engine_settings import CACHE_OF_CHECKPOINT, DATA_FREE_BITS, USUAL_PAGE_SIZE, EngineSettings
 from optgptq.runtime.layer_groups import ExactPages, plain_page_bytes
 
 logger = logging.getLogger(__name__)
@@ -53,22 +53,31 @@ class CachePlan:
     @property
     def key_bits(self) -> float:
         """Bits of a number of keys, its share of scale and minimum included; mean over all layers."""
-        return self._mean_bits([None if layout is None else layout.scheme.keys for layout in self.layouts])
+        return self._mean_bits("keys")
 
     @property
     def value_bits(self) -> float:
         """The same for values."""
-        return self._mean_bits([None if layout is None else layout.scheme.values for layout in self.layouts])
+        return self._mean_bits("values")
 
-    def _mean_bits(self, sides: Sequence[SideScheme | None]) -> float:
-        plain = 8.0 * self.number_bytes
-        bits = [plain if side is None or side.is_exact else bits_per_value(side) for side in sides]
+    def _mean_bits(self, side: Side) -> float:
+        bits = []
+        for layout in self.layouts:
+            if layout is None or side_scheme(layout, side).is_exact:
+                bits.append(8.0 * self.number_bytes)
+            else:
+                bits.append(bits_per_value(side_scheme(layout, side), layout.head_dim))
         return sum(bits) / len(bits)
 
     @property
     def quantized_layers(self) -> tuple[int, ...]:
         """Indices of the layers that store codes."""
         return tuple(index for index, layout in enumerate(self.layouts) if layout is not None)
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page, the same in all layers."""
+        return next(layout.page_size for layout in self.layouts if layout is not None)
 
     @property
     def keeps_exact_pages(self) -> bool:
@@ -113,19 +122,19 @@ def plan_cache(
     """
     chosen = _chosen_setup(setup, spec, settings)
     if chosen is None:
-        if settings.past_only is not None and settings.kv_cache == CACHE_OF_CHECKPOINT:
+        if settings.past_only is not None:
             logger.warning("past_only does nothing: keys and values are stored as they are computed")
         return None
-    _require_fit(chosen, spec)
+    require_fit(chosen, spec)
     past = _past_rule(chosen.scheme, settings)
-    _require_pages(past, settings)
+    page_size = _page_size(past, settings)
     layouts = tuple(
         None
-        if stays_plain(scheme)
+        if scheme.is_exact
         else PageLayout(
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
-            page_size=settings.page_size,
+            page_size=page_size,
             scheme=scheme,
             exact_bytes=number_bytes,
         )
@@ -146,9 +155,9 @@ def cache_of_folder(folder: CheckpointFolder, spec: DecoderSpec) -> CacheSetup |
     )
 
 
-def stays_plain(scheme: LayerScheme) -> bool:
-    """Return whether a layer keeps pages as a model without a scheme does."""
-    return scheme.is_exact
+def tokens_of_page(settings: EngineSettings, cache: CachePlan | None) -> int:
+    """Return the tokens of a page of an engine with this cache."""
+    return cache.page_size if cache is not None else settings.page_size or USUAL_PAGE_SIZE
 
 
 def layer_page_bytes(
@@ -179,11 +188,11 @@ def exact_pages(spec: DecoderSpec, cache: CachePlan | None, *, page_size: int, n
 
 def _chosen_setup(setup: CacheSetup | None, spec: DecoderSpec, settings: EngineSettings) -> CacheSetup | None:
     if settings.kv_cache == CACHE_OF_CHECKPOINT:
-        return None if setup is None or all(map(stays_plain, setup.scheme.layers)) else setup
+        return None if setup is None or setup.scheme.is_exact else setup
     bits = DATA_FREE_BITS.get(settings.kv_cache)
     if bits is None:
         return None
-    _require_head_size(spec)
+    require_head_size(spec)
     past = PastRule(sink_tokens=USUAL_SINK_TOKENS[bits], recent_tokens=USUAL_RECENT_TOKENS[bits])
     return data_free_setup(
         bits, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, past=past
@@ -191,9 +200,7 @@ def _chosen_setup(setup: CacheSetup | None, spec: DecoderSpec, settings: EngineS
 
 
 def _past_rule(scheme: CacheScheme, settings: EngineSettings) -> PastRule:
-    sides = [side for layer in scheme.layers for side in (layer.keys, layer.values)]
-    granule = lcm(*(side.group_size for side in sides if side.axis == "token" and not side.is_exact))
-    past = replace(scheme.past, granule=granule)
+    past = replace(scheme.past, granule=granule_of(scheme.layers))
     if settings.past_only is not None:
         mode, window = parse_past_mode(settings.past_only)
         past = replace(past, mode=mode, window=window)
@@ -207,55 +214,15 @@ def _past_rule(scheme: CacheScheme, settings: EngineSettings) -> PastRule:
     return past
 
 
-def _require_pages(past: PastRule, settings: EngineSettings) -> None:
+def _page_size(past: PastRule, settings: EngineSettings) -> int:
+    """Return the tokens of a page: whole groups along tokens."""
     multiple = lcm(PAGE_MULTIPLE, past.granule)
-    if settings.page_size % multiple:
+    page_size = settings.page_size or lcm(USUAL_PAGE_SIZE, multiple)
+    if page_size % multiple:
         raise UsageError(
             "page_size",
             expected=f"a multiple of {multiple} with this quantized cache",
-            found=str(settings.page_size),
-            action="Change this setting of the engine, or set kv_cache to 16.",
+            found=str(page_size),
+            action="Leave this setting of the engine out, change it, or set kv_cache to 16.",
         )
-
-
-def _require_head_size(spec: DecoderSpec) -> None:
-    if spec.head_dim % CHANNEL_MULTIPLE:
-        raise ModelError(
-            "config.json",
-            expected=f"heads of a multiple of {CHANNEL_MULTIPLE} features for a quantized cache",
-            found=str(spec.head_dim),
-            action="Set kv_cache to 16.",
-        )
-
-
-def _require_fit(setup: CacheSetup, spec: DecoderSpec) -> None:
-    """Refuse a setup of another model, and one that would change the scores of this one."""
-    _require_head_size(spec)
-    for found, wanted, what in (
-        (len(setup.scheme.layers), spec.num_layers, "decoder layers in the scheme"),
-        (len(setup.layers), spec.num_layers, "decoder layers in the parameters"),
-    ):
-        if found != wanted:
-            raise _refuse_setup(setup, expected=f"{wanted} {what}", found=str(found))
-    shape = (spec.num_kv_heads, spec.head_dim)
-    for index, layer in enumerate(setup.layers):
-        for name, side in (("keys", layer.keys), ("values", layer.values)):
-            for part in (side.shift_KD, side.scale_KD, side.rotation_KDD, side.metric_KDD):
-                if part is not None and tuple(part.shape[:2]) != shape:
-                    expected = f"{shape[0]} heads of {shape[1]} features in the {name} of layer {index}"
-                    raise _refuse_setup(setup, expected=expected, found=f"shape {list(part.shape)}")
-        if layer.keys.shift_KD is not None and spec.attention_softcap is not None:
-            raise _refuse_setup(
-                setup,
-                expected="no shift of keys: the model's scores are capped, so that a shift would change them",
-                found=f"one in layer {index}",
-            )
-
-
-def _refuse_setup(setup: CacheSetup, *, expected: str, found: str) -> ModelError:
-    return ModelError(
-        f"KV cache scheme, {setup.source}",
-        expected=expected,
-        found=found,
-        action="Calibrate the cache for this model, or set kv_cache to 16.",
-    )
+    return page_size

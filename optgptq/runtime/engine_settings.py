@@ -12,6 +12,7 @@ CACHE_OF_CHECKPOINT, PLAIN_CACHE = "checkpoint", "16"
 DATA_FREE_BITS = {"8": 8, "4": 4, "3": 3, "2": 2}
 CACHE_CHOICES = (CACHE_OF_CHECKPOINT, PLAIN_CACHE, *DATA_FREE_BITS)
 
+USUAL_PAGE_SIZE = 16
 # Tokens of one step. On a processor more tokens add little speed to a product of matrices, and a smaller step lets
 # requests start one after the other, so that fewer of them are at their longest at the same time.
 CPU_STEP_TOKENS = 48
@@ -27,7 +28,8 @@ class EngineSettings:
     """How requests share a model.
 
     Attributes:
-        page_size: tokens of a page, a multiple of 8; of 16 with a quantized cache.
+        page_size: tokens of a page, a multiple of 8; of 16 with a quantized cache, and of its groups along tokens. None
+            for 16, or for the least multiple of it that the cache needs.
         max_length: positions of a text, prompt included; None for what the model promises, as far as memory allows.
         max_step_tokens: tokens of one step; None for a number that suits the device.
         max_running: texts that are written at the same time; None for a number that suits the device.
@@ -48,7 +50,7 @@ class EngineSettings:
         aging_steps: steps after which a waiting request rises by one level of priority.
     """
 
-    page_size: int = 16
+    page_size: int | None = None
     max_length: int | None = None
     max_step_tokens: int | None = None
     max_running: int | None = None
@@ -66,7 +68,8 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         self._require_types()
-        _require(self.page_size >= 8 and self.page_size % 8 == 0, "page_size", "a multiple of 8", self.page_size)
+        size = self.page_size
+        _require(size is None or (size >= 8 and size % 8 == 0), "page_size", "a multiple of 8", size)
         counts = {
             "max_length": self.max_length,
             "max_step_tokens": self.max_step_tokens,
@@ -96,16 +99,16 @@ class EngineSettings:
         if self.past_only is not None:
             parse_past_mode(self.past_only)
         _require(
-            choice not in DATA_FREE_BITS or self.page_size % PAGE_MULTIPLE == 0,
+            choice not in DATA_FREE_BITS or self.page_size is None or self.page_size % PAGE_MULTIPLE == 0,
             "page_size",
             f"a multiple of {PAGE_MULTIPLE} with a quantized cache",
             self.page_size,
         )
 
     def _require_types(self) -> None:
-        for name in ("page_size", "seed", "aging_steps"):
+        for name in ("seed", "aging_steps"):
             _require(_is_int(getattr(self, name)), name, "a whole number", repr(getattr(self, name)))
-        for name in ("max_length", "max_step_tokens", "max_running", "max_waiting", "kv_cache_bytes"):
+        for name in ("page_size", "max_length", "max_step_tokens", "max_running", "max_waiting", "kv_cache_bytes"):
             value = getattr(self, name)
             _require(value is None or _is_int(value), name, "a whole number or None", repr(value))
         for name in ("prefix_cache", "deterministic", "graphs"):

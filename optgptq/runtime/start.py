@@ -16,7 +16,7 @@ from optgptq.memory import available_memory_bytes
 from optgptq.models.decoder import Decoder
 from optgptq.models.spec import DecoderSpec
 from optgptq.runtime.cache_attend import CacheAttend
-from optgptq.runtime.cache_plan import CachePlan, exact_pages, layer_page_bytes, plan_cache
+from optgptq.runtime.cache_plan import CachePlan, exact_pages, layer_page_bytes, plan_cache, tokens_of_page
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.fused_linears import fuse_linears
 from optgptq.runtime.graphs import DeviceRecorder
@@ -83,10 +83,10 @@ def _plan(decoder: Decoder, settings: EngineSettings, cache: CachePlan | None) -
     """Return how many pages there are, and log what they hold."""
     spec, device = decoder.spec, decoder.device
     step_tokens = settings.step_tokens(device.type)
-    page = {"page_size": settings.page_size, "number_bytes": decoder.dtype.itemsize}
+    page = {"page_size": tokens_of_page(settings, cache), "number_bytes": decoder.dtype.itemsize}
     plan = plan_memory(
         spec,
-        page_size=settings.page_size,
+        page_size=page["page_size"],
         layer_page_bytes=layer_page_bytes(spec, cache, **page),
         budget_bytes=cache_budget(decoder, settings, step_tokens),
         max_length=settings.max_length,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from optgptq.scheduling.pages import PageAllocator
 from optgptq.scheduling.prefix import page_digest, root_digest
 from optgptq.scheduling.request import Sequence
-from optgptq.scheduling.settings import PageGroup, SchedulerSettings
+from optgptq.scheduling.settings import SchedulerSettings
 from optgptq.scheduling.step import PageCopy
 
 
@@ -99,7 +99,8 @@ class PageTables:
         begin = sequence.num_computed
         num_pages = -(-end // self._page_size)
         copies = []
-        for group, (allocator, table) in enumerate(zip(self.allocators, sequence.page_tables, strict=True)):
+        for group, kept in enumerate(self._groups):
+            allocator, table = self.allocators[group], sequence.page_tables[group]
             if self._writes_to_shared(allocator, table, begin):
                 shared, own = table[-1], allocator.allocate()
                 allocator.fill(own, allocator.num_filled(shared))
@@ -107,16 +108,8 @@ class PageTables:
                 table[-1] = own
                 copies.append(PageCopy(group, shared, own))
             while len(table) < num_pages:
-                table.append(allocator.allocate() if self._takes(group, len(table), end) else 0)
+                table.append(allocator.allocate() if kept.takes_page(len(table), end, self._page_size) else 0)
         return copies
-
-    def _takes(self, group: int, number: int, end: int) -> bool:
-        """Return whether a sequence takes page `number` in a step up to position `end` - 1."""
-        if number >= self._num_taken[group]:
-            return False
-        kept = self._groups[group]
-        is_left_out = kept.forgets_window and number < kept.first_visible_page(end, self._page_size)
-        return number < self._num_sink_pages[group] or not is_left_out
 
     def _writes_to_shared(self, allocator: PageAllocator, table: list[int], begin: int) -> bool:
         """Return whether position `begin` lies in a page that others hold too."""
@@ -205,7 +198,7 @@ class PageTables:
         num_pages = self._longest_prefix(sequence, found) if self._settings.prefix_cache else 0
         tables: list[list[int]] = []
         for group, sinks, pages in zip(self._groups, self._num_sink_pages, found, strict=True):
-            first = self._first_found_page(group, num_pages)
+            first = group.first_found_page(num_pages, self._page_size)
             tables.append(
                 [page if page and not sinks <= number < first else 0 for number, page in enumerate(pages[:num_pages])]
             )
@@ -214,12 +207,6 @@ class PageTables:
             for allocator, table in zip(self.allocators, tables, strict=True)
         ]
         return Prefix(num_pages * self._page_size, tables, num_idle)
-
-    def _first_found_page(self, group: PageGroup, num_pages: int) -> int:
-        """Return the first page beyond those of sinks that a text begins with after a prefix of so many pages."""
-        if group.forgets_window:
-            return num_pages
-        return group.first_visible_page(num_pages * self._page_size, self._page_size)
 
     def _longest_prefix(self, sequence: Sequence, found: list[list[int | None]]) -> int:
         """Return the pages of the longest prefix; append what each group has for every page looked at to `found`."""
@@ -250,7 +237,7 @@ class PageTables:
                 if page:
                     allocator.hold(page)
             num_pages = prefix.num_tokens // self._page_size
-            sequence.num_given_back[index] = self._first_found_page(self._groups[index], num_pages)
+            sequence.num_given_back[index] = self._groups[index].first_found_page(num_pages, self._page_size)
         sequence.page_tables = prefix.page_tables
         sequence.seen_from = prefix.num_tokens if self._forgets else 0
         sequence.num_computed = prefix.num_tokens

@@ -44,6 +44,17 @@ class PageGroup:
         """Return the number of the first page, beyond those of sinks, with a key that a query at `position` sees."""
         return 0 if self.window is None else max(0, position - self.window + 1) // page_size
 
+    def takes_page(self, number: int, end: int, page_size: int) -> bool:
+        """Return whether a sequence takes page `number` in a step up to position `end` - 1."""
+        if number < self.num_sink_pages(page_size):
+            return True
+        is_left_out = self.forgets_window and number < self.first_visible_page(end, page_size)
+        return self.window != 0 and not is_left_out
+
+    def first_found_page(self, num_pages: int, page_size: int) -> int:
+        """Return the first page beyond those of sinks that a text begins with after a prefix of so many pages."""
+        return num_pages if self.forgets_window else self.first_visible_page(num_pages * page_size, page_size)
+
     def most_visible_pages(self, page_size: int) -> int | None:
         """Return how many pages the keys of one query touch at most; None where that grows with its position."""
         if self.window is None:

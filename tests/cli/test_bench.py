@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from optgptq.evaluation import bench as bench_module
+from optgptq.evaluation.bench_report import BenchSettings
 from optgptq_cli.main import main
 
 SMALL = ["bundled:story-llama", "--requests", "3", "--prompt-tokens", "20:40", "--new-tokens", "5", "--rounds", "2"]
@@ -84,9 +87,46 @@ def test_people_get_a_line_for_each_cache(capsys):
     out, _ = capsys.readouterr()
     header, plain, three = out.splitlines()[:3]
     assert header.startswith("KV cache  past-only")
+    # Codes alone would promise more than exact pages leave.
+    assert "tokens/GiB" not in header
+    assert "tokens that fit" in header
     assert plain.split()[:2] == ["16", "-"]
     assert three.split()[:4] == ["3", "chunk", "4.00,", "4.00"]
     assert "--json has all figures." in out
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes", "num_new"),
+    [
+        ([], [48, 48], 16),
+        (["--new-tokens", "20"], [44, 44], 20),
+        (["--prompt-tokens", "20:40"], [20, 40], 24),
+    ],
+)
+def test_sizes_that_nobody_gave_fit_the_model(options, sizes, num_new, capsys):
+    arguments = [SMALL[0], "--set", "max_length=64", "--requests", "2", "--rounds", "1", "--skip-check"]
+    assert main(["bench", *arguments, *options, "--json", "--quiet"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["prompt_sizes"], settings["num_new_tokens"]) == (sizes, num_new)
+
+
+@given(
+    low=st.integers(1, 300),
+    more=st.integers(0, 300),
+    num_new=st.integers(2, 300),
+    max_length=st.integers(2, 600),
+    prompts=st.booleans(),
+    new_tokens=st.booleans(),
+)
+def test_cut_sizes_fit_and_those_that_fit_stay(low, more, num_new, max_length, prompts, new_tokens):
+    settings = BenchSettings(prompt_sizes=(low, low + more), num_new_tokens=num_new)
+    cut = settings.cut(max_length, prompts=prompts, new_tokens=new_tokens)
+    if settings.longest <= max_length:
+        assert cut == settings
+    if prompts and new_tokens and max_length >= 8:
+        assert cut.longest <= max_length
+    assert prompts or cut.prompt_sizes == settings.prompt_sizes
+    assert new_tokens or cut.num_new_tokens == settings.num_new_tokens
 
 
 @pytest.mark.parametrize(
@@ -101,6 +141,7 @@ def test_people_get_a_line_for_each_cache(capsys):
         (["--rounds", "0"], "--rounds"),
         (["--shared-prefix", "20"], "fewer than 20 tokens"),
         (["--new-tokens", "30"], "at most 64 tokens together"),
+        (["--new-tokens", "30"], "--prompt-tokens 20:40 --new-tokens 16"),
         (["--kv-cache", "16,5"], "each once, of checkpoint, 16, 8, 4, 3, 2"),
         (["--kv-cache", "4,4"], "each once"),
         (["--kv-cache", "4", "--past-only", "recent"], "window:N"),

@@ -11,6 +11,7 @@ import pytest
 from optgptq.reports import events
 from optgptq_cli.main import main
 from optgptq_cli.progress import JobProgress
+from optgptq_cli.quantize import _cache_rows
 
 STORY = "bundled:story-llama"
 SMALL = ["--set", "calibration.source=bundled:story-calibration", "--set", "calibration.num_windows=4"]
@@ -89,3 +90,15 @@ def test_the_event_of_a_cache_is_a_line() -> None:
     assert line == (
         "[0.0 s] KV cache of 4.250 bits per key and 2.250 per value, 1,040 bytes per token in place of 4,096"
     )
+
+
+@pytest.mark.parametrize(
+    ("is_plain", "figures"),
+    [(True, "0.50000 rounded to the nearest"), (False, "0.25000, 0.50000 rounded to the nearest")],
+)
+def test_the_figure_is_that_of_what_was_written(is_plain: bool, figures: str) -> None:
+    cache = {"bits_per_key": 4.0, "bits_per_value": 4.0, "bytes_per_token": 1.0, "exact_bytes_per_token": 4.0}
+    cache |= {"past_only": "chunk", "sink_tokens": 4, "recent_tokens": 16}
+    kl = 0.5 if is_plain else 0.25
+    found = {"held_out_kl": kl, "held_out_kl_plain": 0.5, "is_plain": is_plain}
+    assert dict(_cache_rows({**cache, "calibration": found}))["KL on held-out windows"] == figures

@@ -46,6 +46,10 @@ def test_too_few_tokens(good: Windows, tokenizer: Tokenizer, widest_input: int, 
     assert lint(good, tokenizer, widest_input=widest_input, max_position=None) == (warning,)
 
 
+def test_without_linears_no_number_of_tokens_is_too_few(good: Windows, tokenizer: Tokenizer) -> None:
+    assert lint(good, tokenizer, widest_input=None, max_position=None) == ()
+
+
 def test_padding_is_not_counted_as_text(good: Windows, tokenizer: Tokenizer) -> None:
     short = replace(good, lengths_W=torch.ones(10, dtype=torch.int64))
     warnings = lint(short, tokenizer, widest_input=5, max_position=None)

@@ -17,11 +17,12 @@ from support.tiny_models import random_tokens
 from optgptq.bundled import bundled_path
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.data.corpora import TextSource
-from optgptq.errors import UsageError
+from optgptq.errors import FormatError, UsageError
 from optgptq.evaluation.decoding import CacheOptions, DecodingModel
 from optgptq.evaluation.perplexity import evaluate
 from optgptq.evaluation.run import EvaluationReport, EvaluationSettings, evaluate_folders
 from optgptq.formats.kv_cache_config import data_free_setup, write_cache_setup
+from optgptq.formats.kv_cache_keys import PARAMS_FILE
 from optgptq.kv_cache.scheme import PastRule
 from optgptq.kv_cache.setup import CacheSetup
 from optgptq.models.decoder import load_decoder
@@ -234,3 +235,15 @@ def test_figures_and_record_of_a_folder_agree(tmp_path) -> None:
     report = evaluate_folders(folder, story(decoding=CacheOptions(past_only="token")))
     assert report.cache is not None
     assert (report.cache.mode, report.cache.num_exact) == ("token", 0)
+
+
+@pytest.mark.parametrize("kv_cache", ["4", "16"])
+def test_a_cache_that_is_named_needs_none_of_the_folder(tmp_path, kv_cache: str) -> None:
+    folder = with_cache_of(tmp_path, PastRule(mode="token"))
+    (folder / PARAMS_FILE).unlink()
+    with pytest.raises(FormatError, match="no such file") as caught:
+        evaluate_folders(folder, story(decoding=CacheOptions()))
+    assert "--kv-cache 4" in caught.value.action
+    report = evaluate_folders(folder, story(decoding=CacheOptions(kv_cache=kv_cache)))
+    assert report.cache is not None
+    assert report.cache.bits == (16.0 if kv_cache == "16" else 5.0)

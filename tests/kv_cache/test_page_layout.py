@@ -58,7 +58,10 @@ def test_planes_are_aligned_and_none_overlap(keys: int, values: int) -> None:
 
 
 def test_bits() -> None:
-    assert bits_per_value(SideScheme(bits=4, group_size=128)) == 4.25
-    assert bits_per_value(SideScheme(bits=2, group_size=32, axis="token")) == 3.0
-    assert bits_per_value(SideScheme()) == 16.0
+    assert bits_per_value(SideScheme(bits=4, group_size=128), 128) == 4.25
+    assert bits_per_value(SideScheme(bits=2, group_size=32, axis="token"), 64) == 3.0
+    assert bits_per_value(SideScheme(), 24) == 16.0
+    # Two planes of 16 channels in 3 bits are filled up to 4 bytes each.
+    assert bits_per_value(SideScheme(bits=3, group_size=16), 16) == 4 + 32 / 16
+    assert bits_per_value(SideScheme(bits=3, group_size=32), 32) == 3 + 32 / 32
     assert row_bytes(SideScheme(), 24, 4) == 96

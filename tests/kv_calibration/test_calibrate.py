@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from optgptq.errors import RecipeError
 from optgptq.kv_cache.rotary_pairs import RotaryPairs, untied_pair
 from optgptq.kv_cache.scheme import LayerScheme, PastRule, SideScheme
 from optgptq.kv_cache.setup import SideParameters
+from optgptq.kv_calibration import calibrate as calibrate_module
 from optgptq.kv_calibration.calibrate import CalibratedCache, calibrate_cache
 from optgptq.kv_calibration.settings import CacheCalibrationSettings
 from optgptq.models.layer import DecoderLayer
@@ -132,7 +134,8 @@ def test_groups_along_tokens_and_padded_windows(llama: tuple[CheckpointFolder, D
     windows = padded_windows(random_tokens(4, 24, vocab_size=258), [24, 13, 24, 17])
     found = calibrated(folder, settings_of(spec, schemes=schemes, past=past), windows)
     assert all(layer.keys.rotation_KDD is None and layer.keys.metric_KDD is None for layer in found.layers)
-    assert found.record["held_out_kl"] <= found.record["held_out_kl_plain"] or found.record["is_plain"]
+    for name in ("held_out_kl", "held_out_kl_plain"):
+        assert 0 < found.record[name] < math.inf
 
 
 def test_gradients_are_kept_only_where_they_help(llama: tuple[CheckpointFolder, DecoderSpec]) -> None:
@@ -178,3 +181,28 @@ def test_one_window_is_too_few(llama: tuple[CheckpointFolder, DecoderSpec]) -> N
         calibrated(folder, settings_of(spec), WINDOWS.first(1))
     assert "at least 2 windows" in str(raised.value)
     assert "num_windows" in str(raised.value)
+
+
+@pytest.mark.parametrize(("calibrated_kl", "is_plain"), [(0.75, True), (0.5, False)])
+def test_plain_rounding_is_written_where_calibration_lost(
+    llama: tuple[CheckpointFolder, DecoderSpec],
+    monkeypatch: pytest.MonkeyPatch,
+    calibrated_kl: float,
+    is_plain: bool,
+) -> None:
+    folder, spec = llama
+    divergences = iter((calibrated_kl, 0.5))
+    monkeypatch.setattr(calibrate_module, "mean_divergence", lambda *arguments: next(divergences))
+    found = calibrated(folder, settings_of(spec, key_transform="shift_scale"))
+    parts = [
+        getattr(side, name)
+        for layer in found.layers
+        for side in (layer.keys, layer.values)
+        for name in SideParameters.__slots__
+    ]
+    assert all(part is None for part in parts) == is_plain
+    assert found.record["is_plain"] == is_plain
+    # The figure of the record is that of what is written.
+    assert (found.record["held_out_kl"], found.record["held_out_kl_plain"]) == (0.5, 0.5)
+    assert found.record.get("held_out_kl_discarded") == (0.75 if is_plain else None)
+    assert found.scheme.layers == layers_of(spec)

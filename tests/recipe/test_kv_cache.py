@@ -173,3 +173,12 @@ def test_recipes_of_the_cache_alone(bits: int) -> None:
 def test_weights_and_cache_together_are_the_two_recipes() -> None:
     both, weights, cache = load_recipe("w4-kv4"), load_recipe("gptq-w4"), load_recipe("kv4")
     assert (both.weights, both.export, both.kv_cache) == (weights.weights, weights.export, cache.kv_cache)
+
+
+@pytest.mark.parametrize("other", [(), ("export.format=compressed-tensors",)])
+def test_scales_for_other_engines_need_weights_of_a_method(other: tuple[str, ...]) -> None:
+    # Whichever check speaks, what it advises is not what another one refuses.
+    for recipe in ("kv4",):
+        action = refused("kv_cache.fp8_scales=head", *other, recipe=recipe).action
+        assert "weights.method" in action
+        assert not action.startswith("Set export.format")

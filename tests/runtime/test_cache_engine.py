@@ -21,10 +21,10 @@ from support.cached_engines import (
 )
 
 from optgptq.checkpoint.folder import CheckpointFolder
-from optgptq.kv_cache.scheme import PastRule
+from optgptq.kv_cache.scheme import LayerScheme, PastRule
 from optgptq.kv_cache.transform import HeadTransform
 from optgptq.models.registry import model_spec
-from optgptq.runtime import cache_plan, start
+from optgptq.runtime import start
 
 SIZES = (3, 21, 40, 16)
 PASTS = {
@@ -100,7 +100,7 @@ def test_sixteen_bits_through_the_same_code_are_the_plain_cache(models, name, mo
     expected = outcomes(cached_engine(folder, None, max_step_tokens=13), prompts)
     setup = random_setup(spec, ["16"], PASTS.get(mode, PastRule(mode="chunk")))
     with monkeypatch.context() as patch:
-        patch.setattr(cache_plan, "stays_plain", lambda scheme: False)
+        patch.setattr(LayerScheme, "is_exact", property(lambda scheme: False))
         engine = cached_engine(folder, setup, max_step_tokens=13)
     assert all(engine.cache.layouts)
     found = outcomes(engine, prompts)

@@ -15,7 +15,7 @@ from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import ModelError, OptGPTQError, UsageError
 from optgptq.formats.kv_cache_config import write_cache_setup
 from optgptq.kv_cache.page_layout import PageLayout
-from optgptq.kv_cache.scheme import CacheScheme, PastRule
+from optgptq.kv_cache.scheme import CacheScheme, LayerScheme, PastRule, SideScheme
 from optgptq.kv_cache.setup import LayerParameters, SideParameters
 from optgptq.models.registry import model_spec
 from optgptq.models.spec import DecoderSpec
@@ -66,7 +66,8 @@ def test_what_the_folder_says_and_what_takes_its_place(spec) -> None:
 def test_bits_and_bytes_by_hand(spec) -> None:
     """Two heads of 16: keys and values of 4 bits take 8 bytes and 4 of scale and minimum; 3 bits 8 and 4."""
     found = plan(spec, random_setup(spec, ["4", "16", "K3V16"], PAST))
-    assert found.key_bits == pytest.approx((4 + 2 + 32 + 3 + 2) / 3)
+    # In heads of 16 rows of 3 bits are filled up to 4.
+    assert found.key_bits == pytest.approx((4 + 2 + 32 + 4 + 2) / 3)
     assert found.value_bits == pytest.approx((4 + 2 + 32 + 32) / 3)
     four, plain, mixed = layer_page_bytes(spec, found, page_size=16, number_bytes=4)
     assert four == 2 * 2 * 16 * (8 + 4)
@@ -74,7 +75,7 @@ def test_bits_and_bytes_by_hand(spec) -> None:
     assert mixed == 2 * 16 * (8 + 4 + 16 * 4)
     sentence = found.sentence()
     assert "past-only token, 3 first tokens exact; 1 layers stay exact; a test" in sentence
-    assert sentence.startswith("14.33 bits per number of keys, 23.33 of values")
+    assert sentence.startswith("14.67 bits per number of keys, 23.33 of values")
 
 
 def test_groups_along_tokens_decide_granule_and_pages(spec) -> None:
@@ -85,6 +86,21 @@ def test_groups_along_tokens_decide_granule_and_pages(spec) -> None:
         plan(spec, setup, page_size=24)
     assert (caught.value.where, caught.value.found) == ("page_size", "24")
     assert "a multiple of 16" in caught.value.expected
+
+
+def test_pages_hold_whole_groups_along_tokens_where_nobody_gave_a_size(folder, spec) -> None:
+    setup = random_setup(spec, ["t16", "4"], PAST)
+    wide = LayerScheme(keys=SideScheme(bits=4, group_size=32, axis="token"), values=SideScheme())
+    setup = replace(setup, scheme=replace(setup.scheme, layers=(wide, *setup.scheme.layers[1:])))
+    assert plan(spec, setup).page_size == 32
+    assert plan(spec, random_setup(spec, ["4"], PAST)).page_size == 16
+    assert plan(spec, setup, page_size=64).page_size == 64
+    with pytest.raises(UsageError, match="a multiple of 32"):
+        plan(spec, setup, page_size=16)
+    engine = cached_engine(folder, setup, page_size=None)
+    assert engine.runner.attend.pool.plan.page_size == 32
+    assert outcomes(engine, prompts_of(37)) == outcomes(cached_engine(folder, setup, page_size=32), prompts_of(37))
+    assert cached_engine(folder, None, page_size=None).runner.attend.pool.plan.page_size == 16
 
 
 def test_setups_of_other_models_are_refused(spec) -> None:
@@ -190,6 +206,9 @@ def test_the_log_says_what_is_stored(folder, spec, caplog) -> None:
     assert "kernel for attention over codes" in caplog.text
     caplog.clear()
     cached_engine(folder, None, past_only="token")
+    assert "past_only does nothing" in caplog.text
+    caplog.clear()
+    cached_engine(folder, random_setup(spec, ["4"], PAST), kv_cache="16", past_only="token")
     assert "past_only does nothing" in caplog.text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from support.tiny_models import TINY_MODELS, reference_model, save_reference
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import CapacityError
 from optgptq.kv_cache.page_layout import PageLayout
-from optgptq.kv_cache.scheme import LayerScheme, SideScheme
+from optgptq.kv_cache.scheme import USUAL_RECENT_TOKENS, USUAL_SINK_TOKENS, LayerScheme, PastRule, SideScheme
 from optgptq.models.registry import model_spec
 from optgptq.models.spec import DecoderSpec
 from optgptq.runtime.engine_settings import EngineSettings
@@ -50,6 +51,7 @@ class Case:
     max_length: int | None = 100
     max_running: int = 4
     max_step_tokens: int = 32
+    forgets: bool = False
 
     def model(self, spec: DecoderSpec) -> DecoderSpec:
         return shaped(spec, self.windows, self.num_kv_heads, self.head_dim)
@@ -62,7 +64,13 @@ class Case:
         if not layers or (self.num_sinks == 0 and self.window == 0):
             return None
         plain = page_bytes(16, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
-        return ExactPages(num_sinks=self.num_sinks, window=self.window, layers=layers, page_bytes=plain * len(layers))
+        return ExactPages(
+            num_sinks=self.num_sinks,
+            window=self.window,
+            layers=layers,
+            page_bytes=plain * len(layers),
+            forgets_window=self.forgets,
+        )
 
     def plan(self, spec: DecoderSpec, budget: int) -> MemoryPlan:
         return plan_memory(
@@ -99,6 +107,7 @@ CASES = st.integers(1, 4).flatmap(
         max_length=st.none() | st.integers(2, 300),
         max_running=st.integers(1, 6),
         max_step_tokens=st.integers(6, 50),
+        forgets=st.booleans(),
     )
 )
 
@@ -126,7 +135,8 @@ def test_the_budget_is_kept_and_a_text_fits(spec, case: Case, budget: int) -> No
         last = plan.groups[-1]
         assert (last.layers, last.page_bytes, last.num_sinks) == (exact.layers, exact.page_bytes, exact.num_sinks)
         assert plan.num_pages[-1] <= 1 + last.step_pages + last.pages_per_text * case.max_running
-        assert last.window or last.step_pages == 0
+        assert last.forgets_window == case.forgets
+        assert (last.window and not case.forgets) or last.step_pages == 0
     _run_the_longest_text(plan, case, case.model(spec))
 
 
@@ -175,7 +185,7 @@ BYTES_PER_TOKEN = {
 }
 
 
-def large(shape: tuple[int, int, int], bits: int, *, num_sinks: int = 0, window: int = 0) -> Case:
+def large(shape: tuple[int, int, int], bits: int, *, num_sinks: int = 0, window: int = 0, **more: Any) -> Case:
     layers, num_kv_heads, head_dim = shape
     return Case(
         windows=(None,) * layers,
@@ -184,9 +194,7 @@ def large(shape: tuple[int, int, int], bits: int, *, num_sinks: int = 0, window:
         window=window,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_length=8192,
-        max_running=4096,
-        max_step_tokens=4096,
+        **{"max_length": 8192, "max_running": 4096, "max_step_tokens": 4096, **more},
     )
 
 
@@ -214,6 +222,22 @@ def test_the_same_memory_holds_so_many_times_the_tokens(
     assert plan.num_bytes <= gib << 30
 
 
+@pytest.mark.parametrize(
+    ("bits", "length", "times"), [(4, 4096, 3.5), (4, 16_384, 3.5), (2, 8192, 6.0), (2, 16_384, 6.0)]
+)
+@pytest.mark.parametrize("step_tokens", [48, 2048])
+def test_what_the_usual_exact_tokens_leave(spec, bits: int, length: int, times: float, step_tokens: int) -> None:
+    shape = (32, 8, 128)
+    past = PastRule(sink_tokens=USUAL_SINK_TOKENS[bits], recent_tokens=USUAL_RECENT_TOKENS[bits])
+    limits = {"max_length": length, "max_step_tokens": step_tokens, "forgets": past.depends_on_steps}
+    plain = large(shape, 16, **limits).plan(spec, 4 << 30)
+    plan = large(shape, bits, num_sinks=past.sink_tokens, window=past.kept_window, **limits).plan(spec, 4 << 30)
+    assert plan.num_tokens >= times * plain.num_tokens
+    assert plan.num_bytes <= 4 << 30
+    # Not only the codes: texts that use their exact pages too.
+    assert plan.longest_texts >= int(times * plain.num_tokens / length)
+
+
 def test_short_texts_find_exact_pages_too(spec) -> None:
     """Texts of 8192 tokens would need one page each, 14 of them here; a twentieth of the memory holds 102."""
     case = large((32, 8, 128), 4, num_sinks=4)
@@ -230,6 +254,9 @@ def test_pages_of_a_window_are_those_of_its_tokens_and_once_those_of_a_step(spec
     group = case.plan(spec, 10**9).groups[-1]
     assert (group.pages_per_text, group.step_pages, group.layers, group.window) == (5, 2, (0, 1), 20)
     assert case.plan(spec, 10**9).num_pages[-1] == 1 + 2 + 4 * 5
+    forgetting = replace(case, forgets=True).plan(spec, 10**9)
+    assert (forgetting.groups[-1].pages_per_text, forgetting.groups[-1].step_pages) == (5, 0)
+    assert forgetting.num_pages[-1] == 1 + 4 * 5
     none = replace(case, window=0).plan(spec, 10**9).groups[-1]
     assert (none.pages_per_text, none.step_pages) == (2, 0)
     short = replace(case, max_length=40).plan(spec, 10**9).groups[-1]
