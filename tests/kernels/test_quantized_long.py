@@ -11,7 +11,7 @@ from optgptq.kernels.paged_attention import PagedBatch, ScoreRule
 from optgptq.kernels.quantized_attention import CacheBatch, CacheStorage
 from optgptq.kv_cache.codec import SideCodec
 from optgptq.kv_cache.page_layout import PageLayout
-from optgptq.kv_cache.page_planes import read_vectors, write_vectors
+from optgptq.kv_cache.page_planes import SIDES, read_vectors, write_vectors
 from optgptq.kv_cache.scheme import LayerScheme, SideScheme
 from optgptq.kv_cache.setup import SideParameters
 
@@ -30,7 +30,7 @@ def test_flat_attention_over_a_long_text(kernel: str) -> None:
     key_codec, value_codec = (SideCodec.of(side, SideParameters(), CPU) for side in (SCHEME.keys, SCHEME.values))
     pages_ZB = torch.zeros(LENGTH // PAGE + 1, layout.page_bytes, dtype=torch.uint8)
     slot_T = torch.arange(PAGE, PAGE + LENGTH - 1)
-    for side, codec, seed in (("keys", key_codec, 0), ("values", value_codec, 1)):
+    for seed, (side, codec) in enumerate(zip(SIDES, (key_codec, value_codec), strict=True)):
         x_TKD = numbers(LENGTH - 1, 1, HEAD_DIM, seed=seed) * (0.05 if side == "keys" else 1.0)
         write_vectors(x_TKD, pages_ZB, slot_T, layout=layout, side=side, codec=codec)
     query_TND, key_TKD, value_TKD = (numbers(1, heads, HEAD_DIM, seed=2 + heads) for heads in (2, 1, 1))
@@ -61,7 +61,7 @@ def test_flat_attention_over_a_long_text(kernel: str) -> None:
     found_TND = attend(query_TND, key_TKD, value_TKD, storage, batch, ScoreRule(scale=HEAD_DIM**-0.5))
     keys, values = (
         torch.cat((read_vectors(pages_ZB, layout=layout, side=side, exact_dtype=torch.float32)[slot_T], own))[:, 0]
-        for side, own in (("keys", key_TKD), ("values", value_TKD))
+        for side, own in zip(SIDES, (key_TKD, value_TKD), strict=True)
     )
     weights = torch.softmax(query_TND[0].double() @ keys.double().T * HEAD_DIM**-0.5, dim=1)
     assert float(weights.max()) < 1e-3
