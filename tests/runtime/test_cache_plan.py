@@ -235,3 +235,12 @@ def test_settings_with_another_cache() -> None:
     changed = with_cache(base, "4", "token")
     assert (changed.kv_cache, changed.past_only, changed.max_running) == ("4", "token", 3)
     assert with_cache(None, None, None) == EngineSettings()
+
+
+def test_a_text_may_have_one_token_more_than_the_model_has_positions(folder, spec, caplog) -> None:
+    assert spec.max_position is not None
+    with caplog.at_level(logging.WARNING):
+        cached_engine(folder, None, max_length=spec.max_position + 1)
+        assert not caplog.messages
+        cached_engine(folder, None, max_length=spec.max_position + 2)
+    assert any("they get worse beyond them" in message for message in caplog.messages)
