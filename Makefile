@@ -1,6 +1,6 @@
 # Needs only make and python3 (3.11 or later, with venv). `make setup` runs once; everything else depends on it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test nightly check format bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,8 @@ DEMO_MODEL := $(DEMO)/story-llama-w4
 help:
 	@echo "make setup    create $(VENV) and install optgptq into it"
 	@echo "make demo     quantize the bundled model, verify it, compare it, let it write"
-	@echo "make test     all tests"
+	@echo "make test     all tests but the nightly ones"
+	@echo "make nightly  tests that take many minutes"
 	@echo "make check    lint, format, types, import order"
 	@echo "make format   rewrite the sources in the one format"
 	@echo "make bench    the measurements behind the figures in the docs"
@@ -46,6 +47,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+nightly: $(STAMP)
+	$(BIN)/python -m pytest -m nightly --timeout=7200
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -24,6 +24,7 @@ from optgptq.data.evaluation import evaluation_windows
 from optgptq.data.tokenizer import load_tokenizer
 from optgptq.data.windows import Windows, WindowSettings, build_windows
 from optgptq.evaluation.perplexity import EvalResult, evaluate
+from optgptq.journal.store import NothingKept
 from optgptq.kv_cache.hadamard import block_hadamard
 from optgptq.kv_cache.page_layout import PAGE_MULTIPLE, PageLayout, bits_per_value
 from optgptq.kv_cache.scheme import (
@@ -36,7 +37,7 @@ from optgptq.kv_cache.scheme import (
 )
 from optgptq.kv_cache.setup import LayerParameters, SideParameters
 from optgptq.kv_calibration.attend import CacheAttend, LayerQuantizer
-from optgptq.kv_calibration.calibrate import CalibratedCache, calibrate_cache
+from optgptq.kv_calibration.calibrate import CalibratedCache, StreamedModel, calibrate_cache
 from optgptq.kv_calibration.settings import CacheCalibrationSettings
 from optgptq.models.attention import attention_context
 from optgptq.models.decoder import Decoder
@@ -194,16 +195,14 @@ def _everywhere(num_layers: int, side: SideParameters) -> tuple[LayerParameters,
 
 def _calibrated(trial: Trial, settings: CacheCalibrationSettings, windows: Windows) -> CalibratedCache:
     decoder = trial.decoder
-    return calibrate_cache(
-        CheckpointFolder.open(trial.case.model),
-        decoder.spec,
-        settings,
-        windows,
+    model = StreamedModel(
+        source=CheckpointFolder.open(trial.case.model),
+        spec=decoder.spec,
+        layer_of=decoder.layers.__getitem__,
         dtype=decoder.dtype,
         device=CPU,
-        layer_of=decoder.layers.__getitem__,
-        layer_started=lambda index: None,
     )
+    return calibrate_cache(model, settings, windows, steps=NothingKept(), layer_started=lambda index: None)
 
 
 def _score(trial: Trial, scheme: CacheScheme, layers: tuple[LayerParameters, ...]) -> EvalResult:

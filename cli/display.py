@@ -28,14 +28,23 @@ def job_display(*, quiet: bool) -> Iterator[ProgressListener]:
     """
     job = JobProgress()
     if quiet:
-        with log_lines(_warnings_only(job), level=logging.WARNING):
+        with log_lines(_warnings_only(job), level=logging.WARNING), _rest_at_end(job):
             yield _quiet_listener(job)
     elif _can_redraw():
-        with _live_view(job) as listener:
+        with _rest_at_end(job), _live_view(job) as listener:
             yield listener
     else:
-        with log_lines(lambda record: _write_lines(_log_lines(job, record)), level=logging.WARNING):
+        with log_lines(lambda record: _write_lines(_log_lines(job, record)), level=logging.WARNING), _rest_at_end(job):
             yield lambda event: _write_lines(job.update(event))
+
+
+@contextmanager
+def _rest_at_end(job: JobProgress) -> Iterator[None]:
+    """Tell after the block, whatever its end, of the warnings that were only counted."""
+    try:
+        yield
+    finally:
+        _write_lines(job.rest())
 
 
 def _can_redraw() -> bool:
@@ -69,7 +78,7 @@ def log_lines(emit: Callable[[logging.LogRecord], None], *, level: int) -> Itera
 @contextmanager
 def plain_log(*, quiet: bool) -> Iterator[None]:
     """Write the library's log to stderr as plain lines while the block runs: warnings only when quiet."""
-    job = JobProgress()
+    job = JobProgress(folds_warnings=False)
     level = logging.WARNING if quiet else logging.INFO
     with log_lines(lambda record: _write_lines(_log_lines(job, record)), level=level):
         yield

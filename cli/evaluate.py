@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .display import plain_log, step_display
+from .gates import gate_rows, require_gates, write_gate_report
 from .options import (
     DeviceOption,
     JsonOption,
@@ -21,8 +23,8 @@ from .options import (
 from .output import human_seconds, table, write_json, write_note, write_result
 
 if TYPE_CHECKING:
-    from optgptq.evaluation.decoding import CacheFacts, CacheOptions
-    from optgptq.evaluation.gates import GateOutcome
+    from optgptq.evaluation.decoding import CacheOptions
+    from optgptq.evaluation.gates import Figure, Gate, GateOutcome
     from optgptq.evaluation.run import EvaluationReport
 
 
@@ -73,6 +75,19 @@ def evaluate(  # noqa: PLR0913 - the parameters of a command are its options
     min_top1: Annotated[
         float | None, typer.Option("--min-top1", help="Gate: lowest top-1 agreement, 0 to 1.", show_default=False)
     ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gate",
+            metavar="NAME=VALUE",
+            help="Gate by its name in a recipe: --gate max_layer_error=0.05. Repeatable; docs/gates.md lists them.",
+            show_default=False,
+        ),
+    ] = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option("--junit", help="Also write the gates as JUnit XML to this file.", show_default=False),
+    ] = None,
     decode: Annotated[
         bool,
         typer.Option("--decode", help="Score as the model writes: keys and values are read out of the KV cache."),
@@ -94,38 +109,76 @@ def evaluate(  # noqa: PLR0913 - the parameters of a command are its options
     """Measure perplexity, mean KL to a baseline, and top-1 agreement; gates end with exit code 7."""
     from optgptq.checkpoint.hub import resolve_model
     from optgptq.data.corpora import TextSource
-    from optgptq.evaluation.gates import Gates, judge, require_baseline, require_passed
+    from optgptq.errors import OptGPTQError
+    from optgptq.evaluation.gates import gates_of_options, judge, require_baseline
     from optgptq.evaluation.run import EvaluationSettings, evaluate_folders
     from optgptq.runtime.device import require_device
 
-    gates = Gates(max_ppl=max_ppl, max_ppl_increase=max_ppl_increase, max_kl=max_kl, min_top1=min_top1)
+    from .record import require_writable
+
+    limits = {"max_perplexity": max_ppl, "max_perplexity_increase": max_ppl_increase, "max_kl": max_kl}
+    gates = gates_of_options(gate or (), {**limits, "min_top1": min_top1})
     require_baseline(gates, has_baseline=baseline is not None or baseline_cache)
-    source = TextSource(source=_require_text(text), config=config, split=split, column=column, revision=text_revision)
-    settings = EvaluationSettings(
-        source=source,
-        window_size=window_size,
-        stride=stride,
-        max_tokens=max_tokens,
-        decoding=_cache_options(decode, kv_cache, past_only),
-        against_plain_cache=baseline_cache,
-    )
-    began = time.perf_counter()
-    with plain_log(quiet=quiet), step_display("windows", quiet=quiet) as progress:
-        report = evaluate_folders(
-            resolve_model(model, revision),
-            settings,
-            baseline=None if baseline is None else resolve_model(baseline, baseline_revision),
-            device=require_device(device),
-            progress=progress,
+    decoding = _cache_options(decode, kv_cache, past_only)
+    settings = None
+    if _needs_text(gates) or text is not None or baseline is not None or decode or baseline_cache:
+        settings = EvaluationSettings(
+            source=TextSource(
+                source=_require_text(text), config=config, split=split, column=column, revision=text_revision
+            ),
+            window_size=window_size,
+            stride=stride,
+            max_tokens=max_tokens,
+            decoding=decoding,
+            against_plain_cache=baseline_cache,
         )
+    if junit is not None:
+        require_writable(junit, option="--junit")
+    began = time.perf_counter()
+    try:
+        with plain_log(quiet=quiet), step_display("windows", quiet=quiet) as progress:
+            folder = resolve_model(model, revision)
+            figures = _recorded(folder, gates)
+            dense = None if baseline is None else resolve_model(baseline, baseline_revision)
+            report = None
+            if settings is not None:
+                report = evaluate_folders(
+                    folder, settings, baseline=dense, device=require_device(device), progress=progress
+                )
+    except OptGPTQError as error:
+        failed = judge(gates, {each.kind.name: error for each in gates})
+        write_gate_report(junit, failed, {"error": str(error)}, seconds=time.perf_counter() - began)
+        raise
     seconds = time.perf_counter() - began
-    outcomes = judge(report.result, gates)
-    _tell(report, quiet=quiet)
-    if as_json:
-        write_json(_record(report, outcomes, seconds=seconds))
-    elif not quiet:
-        write_result(_page(report, outcomes, seconds=seconds))
-    require_passed(outcomes)
+    outcomes = judge(gates, {**figures, **_measured(report, gates, seconds=seconds)})
+    _tell(report, outcomes, seconds=seconds, as_json=as_json, quiet=quiet, junit=junit)
+
+
+def _needs_text(gates: tuple[Gate, ...]) -> bool:
+    """Say whether models must be scored: without any gate that is what the command is for."""
+    return not gates or any(gate.kind.is_measured for gate in gates)
+
+
+def _recorded(folder: Path, gates: tuple[Gate, ...]) -> Mapping[str, Figure | Exception]:
+    """Return the figures of gates that need no model to run."""
+    from optgptq.checkpoint.folder import CheckpointFolder
+    from optgptq.checkpoint.manifest import read_manifest
+    from optgptq.evaluation.record_gates import recorded_figures, require_figures, stored_linears
+
+    if all(gate.kind.is_measured for gate in gates):
+        return {}
+    figures = recorded_figures(gates, read_manifest(folder) or {}, stored_linears(CheckpointFolder.open(folder)))
+    require_figures(figures)
+    return figures
+
+
+def _measured(report: EvaluationReport | None, gates: tuple[Gate, ...], *, seconds: float) -> Mapping[str, Figure]:
+    from optgptq.evaluation.gates import measured_figures
+
+    if report is None:
+        return {}
+    num_measured = sum(gate.kind.is_measured for gate in gates)
+    return measured_figures(report.result, seconds=seconds / max(num_measured, 1))
 
 
 def _cache_options(decode: bool, kv_cache: str | None, past_only: str | None) -> CacheOptions | None:
@@ -159,36 +212,50 @@ def _require_text(text: str | None) -> str:
     return text
 
 
-def _tell(report: EvaluationReport, *, quiet: bool) -> None:
-    for warning in report.warnings:
-        write_note(f"warning: {warning}")
-    for note in () if quiet else report.notes:
-        write_note(note)
+def _tell(
+    report: EvaluationReport | None,
+    outcomes: tuple[GateOutcome, ...],
+    *,
+    seconds: float,
+    as_json: bool,
+    quiet: bool,
+    junit: Path | None,
+) -> None:
+    """Write the result wherever it is wanted, then end the command where a gate was missed."""
+    record = _record(report, outcomes, seconds=seconds)
+    problem = write_gate_report(junit, outcomes, record, seconds=seconds)
+    if report is not None:
+        for warning in report.warnings:
+            write_note(f"warning: {warning}")
+        for note in () if quiet else report.notes:
+            write_note(note)
+    if as_json:
+        write_json(record)
+    elif not quiet:
+        write_result(_page(report, outcomes, seconds=seconds))
+    require_gates(outcomes, problem=problem)
 
 
-def _record(report: EvaluationReport, outcomes: tuple[GateOutcome, ...], *, seconds: float) -> dict[str, Any]:
+def _record(report: EvaluationReport | None, outcomes: tuple[GateOutcome, ...], *, seconds: float) -> dict[str, Any]:
+    from optgptq.evaluation.report_record import evaluation_record
+
     return {
-        **dataclasses.asdict(report.result),
-        "window_size": report.window_size,
-        "num_windows": report.num_windows,
-        "remainder_tokens": report.remainder_tokens,
-        "tokens_sha256": report.tokens_sha256,
+        **({"warnings": []} if report is None else evaluation_record(report)),
         "seconds": seconds,
-        "gates": [dataclasses.asdict(outcome) for outcome in outcomes],
-        "warnings": list(report.warnings),
-        **({} if report.cache is None else {"decode": True, "kv_cache": _cache_record(report.cache)}),
+        "gates": [outcome.record() for outcome in outcomes],
     }
 
 
-def _cache_record(cache: CacheFacts) -> dict[str, Any]:
-    return {"bits": cache.bits, **dataclasses.asdict(cache)}
+def _page(report: EvaluationReport | None, outcomes: tuple[GateOutcome, ...], *, seconds: float) -> str:
+    rows = [] if report is None else _figure_rows(report)
+    return table([*rows, ("time", human_seconds(seconds)), *gate_rows(outcomes)])
 
 
-def _page(report: EvaluationReport, outcomes: tuple[GateOutcome, ...], *, seconds: float) -> str:
+def _figure_rows(report: EvaluationReport) -> list[tuple[str, str]]:
     result = report.result
     rows = [("perplexity", f"{result.perplexity:.4f}")]
     if result.baseline_perplexity is not None:
-        increase = result.perplexity / result.baseline_perplexity - 1
+        increase = (result.perplexity - result.baseline_perplexity) / result.baseline_perplexity
         rows.append(("baseline perplexity", f"{result.baseline_perplexity:.4f}"))
         rows.append(("increase", f"{increase:+.2%}"))
     if result.mean_kl is not None:
@@ -199,12 +266,4 @@ def _page(report: EvaluationReport, outcomes: tuple[GateOutcome, ...], *, second
         rows.append(("KV cache", f"{report.cache.bits:.2f} bits, {report.cache.bytes_per_token:,.0f} bytes per token"))
         rows.append(("past-only mode", report.cache.mode))
     rows.append(("scored tokens", f"{result.num_tokens:,} in {report.num_windows} windows of {report.window_size}"))
-    rows.append(("time", human_seconds(seconds)))
-    rows += [(f"gate {outcome.gate}", _verdict(outcome)) for outcome in outcomes]
-    return table(rows)
-
-
-def _verdict(outcome: GateOutcome) -> str:
-    if outcome.passed:
-        return f"passed: {outcome.value:.6g} against {outcome.limit:.6g}"
-    return f"missed by {outcome.excess:.6g}: {outcome.value:.6g} against {outcome.limit:.6g}"
+    return rows

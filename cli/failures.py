@@ -16,7 +16,7 @@ from .output import write_note
 if TYPE_CHECKING:
     from optgptq.errors import OptGPTQError
 
-# Only optgptq.errors is imported here, inside functions: it loads no torch.
+# Only optgptq.errors and optgptq.memory are imported here, inside functions: they load no torch.
 
 REPORT_ADVICE = "This is a bug in optgptq: please report it with the trace above and the command that caused it."
 
@@ -51,6 +51,7 @@ def usage_failure(error: Exception) -> Failure:
 def failure_of(error: BaseException) -> Failure:
     """Return exit code and message for any exception that reaches the border of the program."""
     from optgptq.errors import ExitCode, OptGPTQError
+    from optgptq.memory import is_out_of_memory
 
     if isinstance(error, OptGPTQError):
         return _own_failure(error)
@@ -63,7 +64,7 @@ def failure_of(error: BaseException) -> Failure:
             found="a request to stop",
             action="Nothing half-written was left. Run the same command again to start over.",
         )
-    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+    if is_out_of_memory(error):
         return Failure(
             exit_code=ExitCode.CAPACITY,
             kind="CapacityError",
@@ -126,13 +127,6 @@ def _system_failure(error: OSError) -> Failure | None:
 def failure_record(error: OptGPTQError) -> dict[str, str | int]:
     """Return an error of one part of a job as JSON has it."""
     return _as_record(_own_failure(error))
-
-
-def _is_torch_out_of_memory(error: BaseException) -> bool:
-    """Return whether torch ran out of memory: its CPU allocator raises a plain RuntimeError with a known text."""
-    if not isinstance(error, RuntimeError):
-        return False
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -47,6 +47,9 @@ def group(  # noqa: PLR0913 - the parameters of a command are its options
     revision: RevisionOption = None,
     device: DeviceOption = "cpu",
     overwrite: OverwriteOption = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop what an interrupted job has kept for this output, and begin anew.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -62,7 +65,9 @@ def group(  # noqa: PLR0913 - the parameters of a command are its options
     loaded_recipe = load_recipe(recipe, [*(overrides or ()), *asked])
     folder = resolve_model(model, revision)
     with job_display(quiet=quiet) as listener:
-        result = group_model(folder, loaded_recipe, output, overwrite=overwrite, progress=listener, device=device)
+        result = group_model(
+            folder, loaded_recipe, output, overwrite=overwrite, restart=restart, progress=listener, device=device
+        )
     if as_json:
         write_json(
             {

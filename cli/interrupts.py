@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from .output import write_note
@@ -35,3 +36,30 @@ def stop_on_request() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def tells_what_is_kept(output: Path) -> Iterator[None]:
+    """Say, where the job that makes `output` is interrupted or runs out of memory or disk, what is kept of it.
+
+    Raises:
+        Interrupted: in the place of KeyboardInterrupt, where something is kept.
+        CapacityError: with what is kept, where something is.
+    """
+    from optgptq.errors import CapacityError, Interrupted
+    from optgptq.kept_work import kept_work
+
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        kept = kept_work(output)
+        if kept is None:
+            raise
+        raise Interrupted("optgptq", expected="to finish", found="a request to stop", action=kept) from error
+    except CapacityError as error:
+        kept = kept_work(output)
+        if kept is None:
+            raise
+        raise CapacityError(
+            error.where, expected=error.expected, found=error.found, action=f"{error.action} {kept}"
+        ) from error

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from . import bench, convert, doctor, evaluate, generate, gqa, quantize, recipes, show
+from . import bench, convert, doctor, evaluate, generate, gqa, plan, quantize, recipes, show
+from . import report as run_report
 from .failures import Failure, failure_of, report, usage_failure
 from .interrupts import stop_on_request
 from .output import write_result
@@ -21,12 +22,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
 app.command("inspect")(show.inspect)
 app.command("verify")(show.verify)
+app.command("report")(run_report.report)
 app.command("convert")(convert.convert)
 app.command("gqa")(gqa.group)
 app.command("recipes")(recipes.recipes)

@@ -22,7 +22,7 @@ def write_result(text: str) -> None:
 def write_piece(text: str) -> None:
     """Write a part of a result to stdout as it is; see `write_result`."""
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(text if _can_write(text) else text.encode("ascii", "backslashreplace").decode())
         sys.stdout.flush()
     except BrokenPipeError:
         drop_stream("stdout")
@@ -31,7 +31,17 @@ def write_piece(text: str) -> None:
 
 def write_json(record: Mapping[str, Any]) -> None:
     """Write one JSON object to stdout, in the order of its keys; numbers that are not finite become null."""
-    write_result(json.dumps(finite(record), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(finite(record), indent=2, ensure_ascii=False, allow_nan=False)
+    write_result(text if _can_write(text) else json.dumps(finite(record), indent=2, allow_nan=False))
+
+
+def _can_write(text: str) -> bool:
+    """Return whether stdout has a spelling for every character: half a surrogate pair in a name has none anywhere."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_note(text: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .output import human_bytes, human_seconds
+from .repeats import PhaseLines, WarningLines
 
 if TYPE_CHECKING:
     from optgptq.reports.events import CacheFound, DecoderLayerFinished, HeadsGrouped, LinearFinished, ProgressEvent
@@ -16,7 +17,7 @@ _LINEARS_SHOWN = 8
 
 
 class JobProgress:
-    """Folds events into the figures of a display.
+    """Folds events into the figures of a display, and warnings that are like each other into a count.
 
     Attributes:
         title: what the job does; empty before it started.
@@ -26,16 +27,18 @@ class JobProgress:
         recent: the linears solved last, the newest at the end.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, folds_warnings: bool = True) -> None:
         self._clock = clock
         self._began = clock()
         self._layers_began: float | None = None
         self._layer_linears: list[LinearFinished] = []
-        self._warned: set[str] = set()
+        self._warnings = WarningLines(folds_warnings)
+        self._phases = PhaseLines()
         self.title = ""
         self.phase = ""
         self.num_decoder_layers = 0
         self.num_finished = 0
+        self._num_kept = 0
         self.recent: deque[LinearFinished] = deque(maxlen=_LINEARS_SHOWN)
 
     def update(self, event: ProgressEvent) -> tuple[str, ...]:
@@ -50,7 +53,11 @@ class JobProgress:
                 return (f"{event.title}: {event.num_linears} linears in {event.num_decoder_layers} decoder layers",)
             case events.PhaseStarted():
                 self.phase = f"{event.name}: {event.detail}" if event.detail else event.name
-                return (f"[{self.elapsed()}] {self.phase}",)
+                told = self._phases.is_told(event.name, event.detail)
+                return (f"[{self.elapsed()}] {self.phase}",) if told else ()
+            case events.DecoderLayersKept():
+                self.num_finished = self._num_kept = event.num_decoder_layers
+                return ()
             case events.DecoderLayerStarted():
                 self._layers_began = self._clock() if self._layers_began is None else self._layers_began
                 self._layer_linears = []
@@ -74,22 +81,24 @@ class JobProgress:
                 return self.warn(event.message)
 
     def warn(self, message: str) -> tuple[str, ...]:
-        """Return the line for a warning; none when the same one was shown before."""
-        if message in self._warned:
-            return ()
-        self._warned.add(message)
-        return (f"warning: {message}",)
+        """Return the line for a warning; none for one that was told before, or that is like one that was."""
+        return self._warnings.add(message)
+
+    def rest(self) -> tuple[str, ...]:
+        """Return the lines that are due at the end: how many warnings were not told, by kind."""
+        return self._warnings.take_rest()
 
     def elapsed(self) -> str:
         """Return the time since the start."""
         return human_seconds(self._clock() - self._began)
 
     def seconds_left(self) -> float | None:
-        """Return the expected time for the remaining decoder layers; None before the first one is done."""
-        if self._layers_began is None or self.num_finished == 0:
+        """Return the expected time for the remaining decoder layers; None before this run has finished one."""
+        fresh = self.num_finished - self._num_kept
+        if self._layers_began is None or fresh < 1:
             return None
         left = max(self.num_decoder_layers - self.num_finished, 0)
-        return (self._clock() - self._layers_began) / self.num_finished * left
+        return (self._clock() - self._layers_began) / fresh * left
 
     def _layer_line(self, event: DecoderLayerFinished) -> str:
         quantized = [linear for linear in self._layer_linears if linear.loss is not None]

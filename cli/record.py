@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from .output import finite
-
-if TYPE_CHECKING:
-    from optgptq.quantize import QuantizeResult
 
 
 def require_writable(path: Path, *, option: str = "--record") -> None:
@@ -36,20 +29,3 @@ def require_writable(path: Path, *, option: str = "--record") -> None:
         found=found,
         action="Create the folder, or name another file.",
     )
-
-
-def write_record(path: Path, result: QuantizeResult) -> None:
-    """Write the record beside its final name first, then rename it, so that no half of a record is ever seen."""
-    record = {
-        **result.record,
-        "seconds": result.seconds,
-        "peak_memory_bytes": result.peak_memory_bytes,
-        "bits_per_weight": result.bits_per_weight,
-        "warnings": list(result.warnings),
-    }
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from .display import plain_log
 from .options import JsonOption, ModelArgument, QuietOption, RevisionOption
 from .output import human_bytes, table, write_json, write_result
+from .targets import TargetOption, TensorParallelOption, parse_targets, target_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from optgptq.formats.verify import VerifyReport
     from optgptq.reports.inspect import InspectReport, LayerReport
     from optgptq.reports.kv_cache import CacheReport, CacheSideReport
+    from optgptq.targets import TargetAnswer
 
 
 def inspect(
@@ -34,21 +36,42 @@ def inspect(
 
 
 def verify(
-    model: ModelArgument, revision: RevisionOption = None, as_json: JsonOption = False, quiet: QuietOption = False
+    model: ModelArgument,
+    revision: RevisionOption = None,
+    target: TargetOption = None,
+    tensor_parallel: TensorParallelOption = 1,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
-    """Re-check hashes, shapes, words and decodability of any checkpoint; exit code 3 if it is damaged."""
+    """Re-check hashes, shapes, words and decodability of any checkpoint, and whether engines will load it.
+
+    Exit code 3 if it is damaged, 4 if it is intact and a --target does not load it.
+    """
     from optgptq.checkpoint.folder import CheckpointFolder
     from optgptq.checkpoint.hub import resolve_model
-    from optgptq.errors import FormatError
     from optgptq.formats.verify import verify_folder
+    from optgptq.target_subject import subject_of_folder
+    from optgptq.targets import check_target, require_loads
 
+    targets = parse_targets(target, tensor_parallel)
     with plain_log(quiet=quiet):
         folder = CheckpointFolder.open(resolve_model(model, revision))
         report = verify_folder(folder)
+        subject = subject_of_folder(folder) if targets and not report.problems else None
+    answers = [] if subject is None else [check_target(one, subject, tensor_parallel) for one in targets]
     if as_json:
-        write_json({"intact": not report.problems, **dataclasses.asdict(report)})
+        told = {"targets": [answer.record() for answer in answers]} if targets else {}
+        write_json({"intact": not report.problems, **dataclasses.asdict(report), **told})
     elif not quiet:
-        write_result(_verify_page(report))
+        write_result(_verify_page(report, answers))
+    _require_intact(report)
+    require_loads(answers)
+
+
+def _require_intact(report: VerifyReport) -> None:
+    """Raise FormatError with the first problem of a damaged checkpoint, and how many there are besides."""
+    from optgptq.errors import FormatError
+
     if report.problems:
         first = report.problems[0]
         others = len(report.problems) - 1
@@ -139,7 +162,7 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.6f}"
 
 
-def _verify_page(report: VerifyReport) -> str:
+def _verify_page(report: VerifyReport, answers: Sequence[TargetAnswer]) -> str:
     facts = [
         ("format", report.format),
         ("tensors", str(report.num_tensors)),
@@ -150,4 +173,5 @@ def _verify_page(report: VerifyReport) -> str:
     lines = [table(facts)]
     lines += [f"problem: {item.where}: expected {item.expected}, found {item.found}" for item in report.problems]
     lines += [f"note: {note}" for note in report.notes]
+    lines += target_lines(answers)
     return "\n".join(lines)

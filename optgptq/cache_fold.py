@@ -9,17 +9,18 @@ from dataclasses import replace
 
 import torch
 
-from optgptq.cache_plan import CachePlan
-from optgptq.calibration.stream import embed
+from optgptq.calibration.stream import ActivationStream, embed
 from optgptq.checkpoint.source import TensorSource
 from optgptq.data.windows import Windows
-from optgptq.kv_cache.scheme import SideScheme
+from optgptq.journal.store import Steps
+from optgptq.kv_cache.scheme import LayerScheme, SideScheme
 from optgptq.kv_calibration.candidates import SideStatistics
 from optgptq.kv_calibration.scales import RangeProblem, fixed_point_scale
 from optgptq.kv_calibration.search import key_side, value_side
 from optgptq.kv_calibration.settings import CacheCalibrationSettings
 from optgptq.kv_calibration.statistics import measure_layer
 from optgptq.models.attention import attention_context
+from optgptq.models.layer import DecoderLayer
 from optgptq.models.loading import load_embedding, load_layer
 from optgptq.models.spec import STAGE_NAMES, DecoderSpec
 from optgptq.reports import events
@@ -30,45 +31,61 @@ from optgptq.transforms.kv_scales import KVScales, shares_key_scale
 def scales_to_fold(
     source: TensorSource,
     spec: DecoderSpec,
-    plan: CachePlan,
     settings: CacheCalibrationSettings,
     windows: Windows,
     *,
+    steps: Steps,
     dtype: torch.dtype,
     device: torch.device,
     progress: ProgressListener,
 ) -> tuple[KVScales, ...]:
     """Return the scales of each decoder layer; None for sides that are exact or have groups along tokens.
 
-    Where all heads of a layer share the gain of a norm, their keys share one scale.
+    Where all heads of a layer share the gain of a norm, their keys share one scale. What is in `steps` is not measured
+    again, and nothing is computed where all is there.
 
     Raises:
         NumericalError: activations are not finite.
+        CapacityError, OutputError: a step cannot be written.
     """
-    stream = embed(
-        windows,
-        load_embedding(source, spec, dtype=dtype, device=device),
-        attention_context(spec, windows.window_size, dtype=dtype, device=device),
-        windows_per_batch=None,
+    known = [steps.get(_name(index)) for index in range(spec.num_layers)]
+    found = [None if entry is None else KVScales(**entry.tensors) for entry in known]
+    if None in found:
+        stream = embed(
+            windows,
+            load_embedding(source, spec, dtype=dtype, device=device),
+            attention_context(spec, windows.window_size, dtype=dtype, device=device),
+            windows_per_batch=None,
+        )
+        for index, scheme in enumerate(settings.schemes):
+            progress(events.PhaseStarted(name="scales to fold", detail=f"decoder layer {index + 1}/{spec.num_layers}"))
+            layer = load_layer(source, spec, index, dtype=dtype, device=device)
+            if found[index] is None:
+                scales = found[index] = _layer_scales(stream, layer, scheme, settings)
+                steps.put(_name(index), scales.tensors, {})
+                steps.sync()
+            for stage in STAGE_NAMES:
+                stream.advance(layer, stage)
+    return tuple(scales for scales in found if scales is not None)
+
+
+def _name(index: int) -> str:
+    return f"layer-{index:05d}"
+
+
+def _layer_scales(
+    stream: ActivationStream, layer: DecoderLayer, scheme: LayerScheme, settings: CacheCalibrationSettings
+) -> KVScales:
+    if scheme.is_exact:
+        return KVScales()
+    statistics = measure_layer(
+        stream, layer, settings.past, reservoir_tokens=settings.reservoir_tokens, seed=settings.seed
     )
-    found = []
-    for index, scheme in enumerate(plan.scheme.layers):
-        progress(events.PhaseStarted(name="scales to fold", detail=f"decoder layer {index + 1}/{spec.num_layers}"))
-        layer = load_layer(source, spec, index, dtype=dtype, device=device)
-        scales = KVScales()
-        if not scheme.is_exact:
-            statistics = measure_layer(
-                stream, layer, settings.past, reservoir_tokens=settings.reservoir_tokens, seed=settings.seed
-            )
-            keys, values = key_side(statistics, spec, index), value_side(statistics)
-            scales = KVScales(
-                key_KD=_scale(keys, scheme.keys, is_shared=shares_key_scale(spec)),
-                value_KD=_scale(values, scheme.values, is_shared=False),
-            )
-        found.append(scales)
-        for stage in STAGE_NAMES:
-            stream.advance(layer, stage)
-    return tuple(found)
+    keys, values = key_side(statistics, layer.spec, layer.index), value_side(statistics)
+    return KVScales(
+        key_KD=_scale(keys, scheme.keys, is_shared=shares_key_scale(layer.spec)),
+        value_KD=_scale(values, scheme.values, is_shared=False),
+    )
 
 
 def _scale(side: SideStatistics, scheme: SideScheme, *, is_shared: bool) -> torch.Tensor | None:
@@ -92,4 +109,4 @@ def _scale(side: SideStatistics, scheme: SideScheme, *, is_shared: bool) -> torc
             mass_KT=side.mass_KT.flatten().unsqueeze(0),
         )
     scale_KD = fixed_point_scale(problem)
-    return scale_KD.expand(num_heads, -1).double().cpu()
+    return scale_KD.expand(num_heads, -1).double().cpu().contiguous()

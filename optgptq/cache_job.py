@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from optgptq.cache_fold import scales_to_fold
-from optgptq.cache_plan import CachePlan
+from optgptq.cache_request import CacheRequest
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.source import TensorSource
 from optgptq.data.windows import Windows
 from optgptq.errors import FormatError
 from optgptq.formats.kv_cache_config import write_cache_setup
+from optgptq.journal.store import Steps
 from optgptq.kv_cache.hadamard import block_hadamard
 from optgptq.kv_cache.page_layout import PAGE_MULTIPLE, PageLayout, bits_per_value
 from optgptq.kv_cache.scheme import CacheScheme, LayerScheme, SideScheme
 from optgptq.kv_cache.setup import LayerParameters, SideParameters
-from optgptq.kv_calibration.calibrate import CalibratedCache, calibrate_cache
+from optgptq.kv_calibration.calibrate import CalibratedCache, StreamedModel, calibrate_cache
 from optgptq.kv_calibration.settings import CacheCalibrationSettings
 from optgptq.models.spec import DecoderSpec
 from optgptq.recipe.kv_cache import CacheTransform, KVCacheRecipe
@@ -43,15 +44,17 @@ class CacheJob:
         spec: the model as it was written.
         dtype, device: of the computation.
         progress: hears of every decoder layer, and of what was found.
+        steps: keeps what was found, layer by layer.
         folded: channel scales that were moved into the weights, by decoder layer; empty for none.
     """
 
-    plan: CachePlan
+    plan: CacheRequest
     recipe: Recipe
     spec: DecoderSpec
     dtype: torch.dtype
     device: torch.device
     progress: ProgressListener
+    steps: Steps
     folded: tuple[KVScales, ...] = ()
 
     def scales_to_fold(self, source: TensorSource, windows: Windows) -> tuple[KVScales, ...]:
@@ -59,9 +62,9 @@ class CacheJob:
         return scales_to_fold(
             source,
             self.spec,
-            self.plan,
             calibration_settings(self.plan, self.recipe),
             self._read(windows),
+            steps=self.steps.scope("fold"),
             dtype=self.dtype,
             device=self.device,
             progress=self.progress,
@@ -102,14 +105,18 @@ class CacheJob:
             detail = f"decoder layer {index + 1}/{self.spec.num_layers}"
             self.progress(events.PhaseStarted(name="kv cache", detail=detail))
 
-        return calibrate_cache(
-            written,
-            self.spec,
-            calibration_settings(self.plan, self.recipe),
-            self._read(windows),
+        model = StreamedModel(
+            source=written,
+            spec=self.spec,
+            layer_of=decoded_layers(written, dtype=self.dtype, device=self.device),
             dtype=self.dtype,
             device=self.device,
-            layer_of=decoded_layers(written, dtype=self.dtype, device=self.device),
+        )
+        return calibrate_cache(
+            model,
+            calibration_settings(self.plan, self.recipe),
+            self._read(windows),
+            steps=self.steps.scope("kv_cache"),
             layer_started=tell,
         )
 
@@ -169,7 +176,7 @@ class CacheJob:
             )
 
 
-def calibration_settings(plan: CachePlan, recipe: Recipe) -> CacheCalibrationSettings:
+def calibration_settings(plan: CacheRequest, recipe: Recipe) -> CacheCalibrationSettings:
     """Return what the calibration is asked for."""
     kv_cache: KVCacheRecipe = recipe.kv_cache
     return CacheCalibrationSettings(
@@ -214,14 +221,8 @@ def cache_facts(spec: DecoderSpec, scheme: CacheScheme) -> dict[str, Any]:
 
 
 def _same_parameters(found: Sequence[LayerParameters], meant: Sequence[LayerParameters]) -> bool:
-    pairs = [
-        (getattr(first, name), getattr(second, name))
-        for left, right in zip(found, meant, strict=True)
-        for first, second in ((left.keys, right.keys), (left.values, right.values))
-        for name in SideParameters.__slots__
-    ]
+    pairs = [(left.tensors, right.tensors) for left, right in zip(found, meant, strict=True)]
     return all(
-        (first is None and second is None)
-        or (first is not None and second is not None and torch.equal(first.cpu(), second.cpu().float()))
-        for first, second in pairs
+        left.keys() == right.keys() and all(torch.equal(left[name].cpu(), right[name].cpu().float()) for name in left)
+        for left, right in pairs
     )

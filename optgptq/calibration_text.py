@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from optgptq.checkpoint.folder import CheckpointFolder
@@ -16,11 +18,15 @@ from optgptq.data.windows import (
     resolve_window_size,
     windows_from_tokens,
 )
+from optgptq.journal.store import NothingKept, Steps
 from optgptq.models.decoder import load_decoder
 from optgptq.models.inventory import model_linears
 from optgptq.models.spec import DecoderSpec
 from optgptq.recipe.calibration import CalibrationRecipe
 from optgptq.runtime.self_text import SelfWriting, write_windows
+
+# The step that keeps a text that the model wrote.
+_WINDOWS = "windows"
 
 
 def calibration_windows(
@@ -31,10 +37,16 @@ def calibration_windows(
     dtype: torch.dtype,
     device: str,
     for_linears: bool = True,
+    steps: Steps | None = None,
 ) -> tuple[Windows, tuple[str, ...]]:
     """Return the windows that the recipe asks for, and warnings about them.
 
-    `for_linears`: second moments of the inputs of linears are measured on them.
+    Args:
+        folder, spec: the model.
+        calibration: what is asked for.
+        dtype, device: of the computation, where the model writes the text.
+        for_linears: second moments of the inputs of linears are measured on them.
+        steps: keep a text that the model wrote; None to keep nothing.
 
     Raises:
         TextError: no tokenizer, or a text that cannot be used.
@@ -43,8 +55,19 @@ def calibration_windows(
     tokenizer = load_tokenizer(folder.path)
     window_size = resolve_window_size(calibration.window_size, spec.max_position)
     if calibration.source == "self":
-        windows = _self_text(folder, tokenizer, calibration, window_size=window_size, dtype=dtype, device=device)
-        warnings: tuple[str, ...] = ()
+        steps = NothingKept() if steps is None else steps
+        known = steps.get(_WINDOWS)
+        if known is not None:
+            windows = windows_from_tokens(known.tensors["tokens"], notes=tuple(known.facts["notes"]))
+            told = list(known.facts["warnings"])
+        else:
+            told = []
+            windows = _self_text(
+                folder, tokenizer, calibration, window_size=window_size, dtype=dtype, device=device, warn=told.append
+            )
+            steps.put(_WINDOWS, {"tokens": windows.tokens_WS}, {"notes": list(windows.notes), "warnings": told})
+            steps.sync()
+        warnings = tuple(told)
     else:
         source = TextSource.of(calibration)
         documents = load_documents(source, render_chat=tokenizer.render_chat)
@@ -62,6 +85,7 @@ def _self_text(
     window_size: int,
     dtype: torch.dtype,
     device: str,
+    warn: Callable[[str], None],
 ) -> Windows:
     """Sample windows from the dense model, which is in memory as a whole while it writes."""
     bos_token_id = require_bos(tokenizer, calibration.bos) if calibration.bos == "window" else None
@@ -77,6 +101,7 @@ def _self_text(
         text_size,
         writing=writing,
         bos_token_id=tokenizer.bos_token_id,
+        warn=warn,
     )
     if bos_token_id is not None:
         tokens_WS = torch.cat([torch.full((tokens_WS.shape[0], 1), bos_token_id), tokens_WS], dim=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from optgptq.errors import UsageError
 
@@ -57,6 +58,12 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
         no_color=variables.get("NO_COLOR", "") != "",
         continuous_integration=variables.get("CI", "").strip().lower() not in FALSE_WORDS,
     )
+
+
+def cache_folder(variables: Mapping[str, str] = os.environ) -> Path:
+    """Return the user's cache folder of this tool, in `XDG_CACHE_HOME` where that is an absolute path."""
+    base = variables.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "optgptq"
 
 
 def limit_spinning() -> None:

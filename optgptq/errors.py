@@ -45,9 +45,10 @@ class OptGPTQError(Exception):
     def __init__(self, where: str, *, expected: str, found: str, action: str) -> None:
         self.where = where
         self.expected = expected
-        self.found = found
+        # What stands in a file can be empty or blank, and a message must not end in the middle.
+        self.found = found if found.strip() else f"the empty text {found!r}"
         self.action = action
-        super().__init__(f"{where}: expected {expected}, found {found}. {action}")
+        super().__init__(f"{where}: expected {expected}, found {self.found}. {action}")
 
 
 class UsageError(OptGPTQError):

@@ -12,16 +12,20 @@ import torch
 
 import optgptq
 from optgptq.calibration_text import calibration_windows
-from optgptq.checkpoint.folder import CONFIG_FILE, CheckpointFolder
-from optgptq.checkpoint.manifest import describe_files, write_manifest
-from optgptq.checkpoint.publish import require_disk_space, staging_folder
+from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.checkpoint.lock import work_folder
+from optgptq.checkpoint.manifest import write_manifest
+from optgptq.checkpoint.publish import open_staging, recover_output, require_disk_space, require_free, require_place
 from optgptq.data.windows import Windows
 from optgptq.errors import RecipeError
 from optgptq.formats.dense import require_dense, verify_dense, write_dense
 from optgptq.gqa.convert import GroupedModel
-from optgptq.gqa.job import group_into, grouping_warnings, remove_heads
+from optgptq.gqa.job import group_into, grouping_warnings
 from optgptq.gqa.plan import GroupingPlan, plan_grouping
 from optgptq.gqa.source import grouped_source
+from optgptq.job_key import SourceFiles, begin_or_go_on, describe_source, job_key, require_unchanged, without_marks
+from optgptq.job_source import source_cache_warnings
+from optgptq.journal.store import Journal, open_journal
 from optgptq.memory import peak_memory_bytes
 from optgptq.models.checks import check_inventory
 from optgptq.models.registry import model_spec
@@ -54,37 +58,52 @@ class GroupResult:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class _Converted:
+    """The new model, the text that it was measured on, and the files that were read."""
+
+    grouped: GroupedModel
+    windows: Windows
+    files: SourceFiles
+
+
 def group_model(
     model: Path,
     recipe: Recipe,
     output: Path,
     *,
     overwrite: bool = False,
+    restart: bool = False,
     progress: ProgressListener = ignore_progress,
     device: str = "cpu",
 ) -> GroupResult:
     """Merge key/value heads of the dense model in folder `model`, as the recipe's sections `gqa` and `calibration` say.
 
+    What is finished is kept beside `output`, and the same call goes on from there; `restart` drops it.
+
     Raises:
         OptGPTQError: one of its kinds for everything that is the user's, the machine's or the model's fault.
     """
     started = time.perf_counter()
-    source = CheckpointFolder.open(model)
-    with staging_folder(output, overwrite=overwrite, source=model) as staging:
+    where = require_place(output, source=model)
+    if not work_folder(where).exists():
+        require_free(where, overwrite=overwrite)
+    with open_journal(work_folder(where)) as journal:
+        recover_output(where)
+        require_free(where, overwrite=overwrite)
+        source = CheckpointFolder.open(model)
         plan = _plan(source, recipe)
-        warnings = list(grouping_warnings(plan, recipe))
-        grouped, windows = _convert(source, plan, recipe, staging.path, warnings, progress=progress, device=device)
+        warnings = [*grouping_warnings(plan, recipe), *source_cache_warnings(source)]
+        converted = _convert(source, plan, recipe, journal, warnings, progress=progress, device=device, restart=restart)
         for warning in warnings:
             progress(events.WarningRaised(message=warning))
-        progress(events.PhaseStarted(name="writing", detail="all tensors and side files"))
-        write_dense(grouped.source, staging.path, max_shard_bytes=recipe.export.max_shard_bytes)
-        progress(events.PhaseStarted(name="verifying", detail="reading back every tensor"))
-        written = CheckpointFolder.open(staging.path)
-        check_inventory(written, model_spec(written))
-        verify_dense(written, grouped.source)
-        remove_heads(staging.path)
-        write_manifest(staging.path, _manifest(source, recipe, windows, grouped, warnings))
-        staging.publish()
+        with open_staging(where, overwrite=overwrite) as staging:
+            grouped = converted.grouped
+            _write(grouped, staging.path, recipe, progress)
+            write_manifest(staging.path, _manifest(converted, recipe, warnings))
+            require_unchanged(source, converted.files)
+            staging.publish()
+        journal.remove()
     return GroupResult(
         output=output,
         seconds=time.perf_counter() - started,
@@ -92,6 +111,16 @@ def group_model(
         record=grouped.record,
         warnings=tuple(warnings),
     )
+
+
+def _write(grouped: GroupedModel, folder: Path, recipe: Recipe, progress: ProgressListener) -> None:
+    """Write the model but for its manifest, and compare it with what was meant."""
+    progress(events.PhaseStarted(name="writing", detail="all tensors and side files"))
+    write_dense(grouped.source, folder, max_shard_bytes=recipe.export.max_shard_bytes)
+    progress(events.PhaseStarted(name="verifying", detail="reading back every tensor"))
+    written = CheckpointFolder.open(folder)
+    check_inventory(written, model_spec(written))
+    verify_dense(written, grouped.source)
 
 
 def _plan(source: CheckpointFolder, recipe: Recipe) -> GroupingPlan:
@@ -109,46 +138,67 @@ def _plan(source: CheckpointFolder, recipe: Recipe) -> GroupingPlan:
     return plan
 
 
+def _require_space(source: CheckpointFolder, plan: GroupingPlan, staging: Path) -> None:
+    view = grouped_source(source, plan)
+    num_bytes = sum(info.num_bytes for info in view.tensors.values())
+    num_bytes += sum(entry.num_bytes for entry in plan.entries)
+    require_disk_space(staging, num_bytes + _SMALL_FILES_BYTES)
+
+
 def _convert(
     source: CheckpointFolder,
     plan: GroupingPlan,
     recipe: Recipe,
-    staging: Path,
+    journal: Journal,
     warnings: list[str],
     *,
     progress: ProgressListener,
     device: str,
-) -> tuple[GroupedModel, Windows]:
+    restart: bool,
+) -> _Converted:
     where = require_device(device)
     stored_dtype = source.info(plan.entries[0].name).torch_dtype
     dtype = compute_dtype(stored_dtype, where, wanted=recipe.calibration.compute_dtype)
     view = grouped_source(source, plan)
     num_bytes = sum(info.num_bytes for info in view.tensors.values())
     num_bytes += sum(entry.num_bytes for entry in plan.entries)
-    require_disk_space(staging, num_bytes + _SMALL_FILES_BYTES)
+    require_disk_space(journal.path, num_bytes + _SMALL_FILES_BYTES)
+    files = describe_source(source, journal)
+    writes_text = recipe.calibration.source == "self"
+
+    def begin(tokens_sha256: str | None) -> None:
+        key = job_key(files, recipe, tokens_sha256=tokens_sha256, device=where, dtype=dtype)
+        asked = {"recipe": {name: key["recipe"][name] for name in ("gqa", "calibration")}, "job": "gqa"}
+        begin_or_go_on(
+            journal, {**key, **asked}, files, num_layers=plan.spec.num_layers, restart=restart, is_done=False
+        )
+
+    if writes_text:
+        begin(None)
     progress(events.PhaseStarted(name="calibration text", detail=recipe.calibration.source))
     with torch.no_grad():
-        windows, told = calibration_windows(source, plan.spec, recipe.calibration, dtype=dtype, device=str(where))
+        windows, told = calibration_windows(
+            source, plan.spec, recipe.calibration, dtype=dtype, device=str(where), steps=journal
+        )
+    if not writes_text:
+        begin(windows.sha256)
     warnings += told
-    grouped = group_into(source, plan, recipe, windows, staging, dtype=dtype, device=where, progress=progress)
-    return grouped, windows
+    grouped = group_into(source, plan, recipe, windows, steps=journal, dtype=dtype, device=where, progress=progress)
+    return _Converted(grouped=grouped, windows=windows, files=files)
 
 
-def _manifest(
-    source: CheckpointFolder, recipe: Recipe, windows: Windows, grouped: GroupedModel, warnings: list[str]
-) -> dict[str, Any]:
-    plain = recipe_for_record(recipe)
-    names = sorted((CONFIG_FILE, *source.weight_files, *source.side_files))
+def _manifest(converted: _Converted, recipe: Recipe, warnings: list[str]) -> dict[str, Any]:
+    plain, windows = recipe_for_record(recipe), converted.windows
     return {
         "optgptq": optgptq.__version__,
         "recipe": {key: plain[key] for key in ("gqa", "calibration")},
-        "model": {"files": describe_files(source.path, names)},
+        "model": {"files": without_marks(converted.files)},
         "calibration": {
             "tokens_sha256": windows.sha256,
             "num_windows": windows.num_windows,
             "window_size": windows.window_size,
             "notes": list(windows.notes),
         },
-        "gqa": grouped.record,
+        "gqa": converted.grouped.record,
         "warnings": warnings,
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -18,6 +17,7 @@ from optgptq.gqa.convert import GroupedModel
 from optgptq.gqa.job import group_into, grouping_warnings
 from optgptq.gqa.plan import GroupingPlan, plan_grouping
 from optgptq.gqa.source import grouped_source
+from optgptq.journal.store import Steps
 from optgptq.models.checks import check_inventory
 from optgptq.models.registry import family_of, model_spec
 from optgptq.models.spec import DecoderSpec
@@ -81,17 +81,16 @@ class JobSource:
     def warnings(self) -> tuple[str, ...]:
         """Return what a user must hear about the source, the grouping and the transforms."""
         told = () if self.grouping is None else grouping_warnings(self.grouping, self.recipe)
-        if CACHE_KEY in self.folder.config:
-            dropped = (
-                "the quantized KV cache of the source is left out: its parameters belong to the weights it came with"
-            )
-            told = (*told, dropped)
-        return (*told, *transform_warnings(self.original_spec, _transform_settings(self.recipe)))
+        return (
+            *told,
+            *source_cache_warnings(self.folder),
+            *transform_warnings(self.original_spec, _transform_settings(self.recipe)),
+        )
 
     def group_heads(
-        self, windows: Windows, staging: Path, *, dtype: torch.dtype, device: torch.device, progress: ProgressListener
+        self, windows: Windows, steps: Steps, *, dtype: torch.dtype, device: torch.device, progress: ProgressListener
     ) -> None:
-        """Merge heads where the recipe asks for it; same errors as `group_into`."""
+        """Merge heads where the recipe asks for it, their new tensors kept in `steps`; same errors as `group_into`."""
         if self.grouping is None:
             return
         self.grouped = group_into(
@@ -99,7 +98,7 @@ class JobSource:
             self.grouping,
             self.recipe,
             windows,
-            staging,
+            steps=steps,
             dtype=dtype,
             device=device,
             progress=progress,
@@ -114,6 +113,13 @@ class JobSource:
         source: TensorSource = self.folder if self.grouped is None else self.grouped.source
         spec = self.original_spec if self.grouping is None else self.grouping.new_spec
         self.tensors, self.spec = transformed_source(source, spec, _transform_settings(self.recipe), kv_scales=scales)
+
+
+def source_cache_warnings(folder: CheckpointFolder) -> tuple[str, ...]:
+    """Return a warning where the source has a quantized KV cache, which no job takes over."""
+    if CACHE_KEY not in folder.config:
+        return ()
+    return ("the quantized KV cache of the source is left out: its parameters belong to the weights it came with",)
 
 
 def _transform_settings(recipe: Recipe) -> TransformSettings:

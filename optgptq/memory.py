@@ -9,6 +9,8 @@ import resource
 import sys
 from pathlib import Path
 
+# What messages of a plain RuntimeError say where memory ran out: torch's allocator on the processor, cuBLAS, cuDNN.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory", "_STATUS_ALLOC_FAILED")
 # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of glibc's malloc.h, in bytes.
 _ALLOCATOR_OPTIONS = ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 26))
 
@@ -64,6 +66,23 @@ def _control_group_bytes(name: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of the processor or of an accelerator."""
+    if isinstance(error, MemoryError):
+        return True
+    # The class of torch by its name: this module loads no torch. A processor's allocator raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or any(part in str(error) for part in _OUT_OF_MEMORY)
+    )
+
+
+def smaller_batch(error: BaseException, size: int) -> int:
+    """Return half of `size`, the batch to try after `error`; raise the error where nothing smaller would help."""
+    if size <= 1 or not is_out_of_memory(error):
+        raise error
+    return size // 2
 
 
 def keep_freed_memory() -> None:

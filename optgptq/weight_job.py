@@ -1,55 +1,57 @@
-"""The walk over the decoder layers: each is read, calibrated, solved and written when its turn comes."""
+"""The walk over the decoder layers: each is read, calibrated, solved and kept in the journal when its turn comes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from optgptq.calibration.layer import LayerCalibration, SolvedLinear
+from optgptq.calibration.disk_states import open_store
+from optgptq.calibration.layer import LayerCalibration, SolvedLinear, put_weights
+from optgptq.calibration.spill import Spills
 from optgptq.calibration.start import start_calibration
-from optgptq.calibration.stream import ActivationStream
-from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.calibration.states import ActivationStore
 from optgptq.checkpoint.source import ReplacedTensors, TensorSource
-from optgptq.checkpoint.writer import ShardWriter, TensorEntry
 from optgptq.data.windows import Windows
-from optgptq.errors import ModelError
+from optgptq.errors import CapacityError
 from optgptq.formats import CheckpointFormat
-from optgptq.formats.checkpoint import copy_dense, plan_entries, write_side_files
-from optgptq.formats.dense import verify_dense
-from optgptq.formats.fp8_scales import Strategy, add_fp8_scheme, fp8_entries, fp8_scheme, fp8_tensors
-from optgptq.formats.verify import verify_folder, weight_digest
-from optgptq.job_record import JobRecord
-from optgptq.kv_calibration.statistics import window_heads
-from optgptq.layout import LinearLayout
-from optgptq.memory import peak_memory_bytes, return_free_memory
-from optgptq.models.checks import check_inventory
-from optgptq.models.layer import DecoderLayer
+from optgptq.fp8_measure import Fp8Measure
+from optgptq.job_options import JobOptions
+from optgptq.job_record import decoder_layer_facts, linear_facts
+from optgptq.journal.store import Journal
+from optgptq.layer_steps import LayerSteps, tensors_of
+from optgptq.memory import is_out_of_memory, peak_memory_bytes, resident_memory_bytes, return_free_memory
 from optgptq.models.loading import load_layer
-from optgptq.models.registry import model_spec
-from optgptq.models.spec import DecoderSpec
+from optgptq.models.spec import DecoderSpec, StageName
 from optgptq.plan import LinearPlan
 from optgptq.recipe.records import Recipe
 from optgptq.reports import events
 from optgptq.reports.events import ProgressListener
 
 
+@dataclass(slots=True)
+class _Reached:
+    """Where a walk is: the decoder layer, and its windows per batch."""
+
+    index: int = 0
+    windows_per_batch: int = 1
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class WeightJob:
-    """What is quantized, how, and what came of it.
+    """What is quantized, and how.
 
     Attributes:
-        tensors: dense weights; after `run` those that were written as they are, trained norms included.
+        tensors: dense weights.
         spec: the model in it.
-        recipe, form, plans, layouts: what was decided.
+        recipe, form, plans: what was decided.
         dtype, device: of the computation.
+        journal: keeps what is finished.
+        options: where activations are, and how often they are kept.
         progress: hears of every linear and decoder layer.
-        record: grows.
-        warn: takes a sentence for the user.
-        digests: of each quantized weight by name, as its solver left it.
     """
 
     tensors: TensorSource
@@ -57,23 +59,65 @@ class WeightJob:
     recipe: Recipe
     form: CheckpointFormat
     plans: Sequence[LinearPlan]
-    layouts: Sequence[LinearLayout]
     dtype: torch.dtype
     device: torch.device
+    journal: Journal
+    options: JobOptions
     progress: ProgressListener
-    record: JobRecord
-    warn: Callable[[str], None]
-    digests: dict[str, str] = field(default_factory=dict)
+    steps: LayerSteps = field(init=False)
+    fp8: Fp8Measure | None = field(init=False)
+    _spills: Spills = field(init=False)
+    _shrunk: dict[int, list[str]] = field(init=False, default_factory=dict)
 
-    def run(self, windows: Windows, folder: Path) -> None:
-        """Write the whole checkpoint but for its manifest into `folder`.
+    def __post_init__(self) -> None:
+        self.steps = LayerSteps(self.journal, self.form, self.plans)
+        self.fp8 = Fp8Measure.of(self.spec, self.recipe)
+        self._spills = Spills(self.journal, share=self.options.spill_share)
+
+    def solve(self, windows: Windows) -> None:
+        """Finish every decoder layer that the journal does not have; where memory runs out, with smaller batches.
 
         Raises:
             OptGPTQError: one of its kinds.
         """
-        entries = [*plan_entries(self.tensors, self.layouts, self.form), *self.scale_entries()]
-        writer = ShardWriter(folder, entries, max_shard_bytes=self.recipe.export.max_shard_bytes)
-        norm_tensors: dict[str, torch.Tensor] = {}
+        limit: int | None = None
+        while True:
+            reached = _Reached()
+            try:
+                with open_store(self.options.activations, self.journal.path) as store:
+                    self._walk(windows, reached, store=store, limit=limit)
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                limit = self._smaller_batches(reached, error)
+            return_free_memory()
+            torch.cuda.empty_cache()
+
+    def _smaller_batches(self, reached: _Reached, error: BaseException) -> int:
+        """Return half of the windows per batch, and tell; CapacityError where there is nothing to halve."""
+        index, size = reached.index, reached.windows_per_batch
+        if size <= 1:
+            raise CapacityError(
+                f"memory, decoder layer {index}",
+                expected="room for one calibration window at a time",
+                found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                action="Close other programs, use shorter calibration windows, or a machine with more memory.",
+            ) from error
+        told = f"decoder layer {index}: memory ran out with {size} calibration windows per batch, now {size // 2}"
+        self._shrunk.setdefault(index, []).append(told)
+        self.progress(events.WarningRaised(message=told))
+        return size // 2
+
+    def _walk(self, windows: Windows, reached: _Reached, *, store: ActivationStore, limit: int | None) -> None:
+        """Take both streams through the decoder layers; those that are finished are only run forward.
+
+        `limit`: greatest number of windows per batch in layers that are not finished.
+        """
+        finished = [self.steps.is_finished(index) for index in range(self.spec.num_layers)]
+        if all(finished):
+            return
+        first, end = finished.index(False), len(finished) - finished[::-1].index(False)
         calibration = start_calibration(
             self.tensors,
             self.spec,
@@ -82,71 +126,122 @@ class WeightJob:
             dtype=self.dtype,
             device=self.device,
             stage_started=lambda index, stage: self.progress(events.StageStarted(layer_index=index, stage=stage)),
+            store=store,
         )
-        for index in range(self.spec.num_layers):
-            layer_started = time.perf_counter()
-            self.progress(events.DecoderLayerStarted(index=index))
-            layer = load_layer(self.tensors, self.spec, index, dtype=self.dtype, device=self.device)
-            plans = [plan for plan in self.plans if plan.info.layer_index == index]
-            start = _copied(calibration.quantized)
-            for solved in calibration.run(layer, plans):
-                self._write(solved, writer)
-            self._write_scales(start, layer, writer)
-            del layer, start
-            return_free_memory()
-            if calibration.norm_tweak is not None:
-                norm_tensors |= calibration.norm_tweak.tensors
-            self._finish_layer(index, calibration, time.perf_counter() - layer_started)
-        self.progress(events.PhaseStarted(name="writing", detail="dense tensors and side files"))
-        if norm_tensors:
-            # From here on, what is written and what it is compared with.
-            self.tensors = ReplacedTensors(source=self.tensors, replacements=norm_tensors)
-        copy_dense(self.tensors, writer, self.layouts)
-        writer.finish()
-        write_side_files(self.tensors, folder, self.form, self.layouts)
-        if self._fp8_strategy is not None:
-            add_fp8_scheme(folder, fp8_scheme(self._fp8_strategy))
+        for index in range(self._restore(first, calibration), end):
+            if finished[index]:
+                self._replay(index, calibration)
+                continue
+            if limit is not None:
+                calibration.shrink_batches(limit)
+            reached.index, reached.windows_per_batch = index, calibration.windows_per_batch
+            self._solve_layer(index, calibration)
 
-    def scale_entries(self) -> tuple[TensorEntry, ...]:
-        """Return the tensors for an fp8 cache of other engines; none where they are not asked for."""
-        if self._fp8_strategy is None:
-            return ()
-        modules = [self._attention_module(index) for index in range(self.spec.num_layers)]
-        return fp8_entries(modules, strategy=self._fp8_strategy, num_kv_heads=self.spec.num_kv_heads)
+    def _restore(self, num_finished: int, calibration: LayerCalibration) -> int:
+        """Put the streams where the newest spill was made; return the index of the layer that comes next."""
+        newest = self._spills.newest(num_finished)
+        if newest is None:
+            return 0
+        whole = LayerCalibration(
+            calibration.quantized,
+            calibration.full_precision,
+            calibration.settings,
+            stage_started=lambda index, stage: None,
+        )
+        for index in range(newest + 1):
+            whole.shrink_batches(self._cost(index)["windows_per_batch"])
+        if not self._spills.restore(newest, whole):
+            return 0
+        calibration.quantized, calibration.full_precision = whole.quantized, whole.full_precision
+        return newest + 1
 
-    @property
-    def _fp8_strategy(self) -> Strategy | None:
-        strategies: dict[str, Strategy | None] = {"off": None, "tensor": "tensor", "head": "attn_head"}
-        return strategies[self.recipe.kv_cache.fp8_scales]
+    def _replay(self, index: int, calibration: LayerCalibration) -> None:
+        """Take both streams through a layer that is finished."""
+        detail = f"decoder layer {index + 1}/{self.spec.num_layers}"
+        self.progress(events.PhaseStarted(name="running finished layers", detail=detail))
+        calibration.shrink_batches(self._cost(index)["windows_per_batch"])
+        original = load_layer(self.tensors, self.spec, index, dtype=self.dtype, device=self.device)
+        layer = original.copy()
+        norms = tensors_of(self.steps.require_layer(index), "norms")
+        if norms:
+            trained = ReplacedTensors(source=self.tensors, replacements=norms)
+            layer = load_layer(trained, self.spec, index, dtype=self.dtype, device=self.device)
+        for weights in self.steps.known_stages(index).values():
+            put_weights(layer, self._plans_of(index), weights)
+        calibration.replay(layer, original)
 
-    def _attention_module(self, index: int) -> str:
-        (output,) = self.spec.linear_names(index, "o")
-        return output.rpartition(".")[0]
+    def _solve_layer(self, index: int, calibration: LayerCalibration) -> None:
+        started = time.perf_counter()
+        self.progress(events.DecoderLayerStarted(index=index))
+        known = self.steps.known_stages(index)
+        layer = load_layer(self.tensors, self.spec, index, dtype=self.dtype, device=self.device)
+        plans = self._plans_of(index)
+        start = None if self.fp8 is None else calibration.quantized.snapshot()
+        solved: list[SolvedLinear] = []
+        for linear in calibration.run(layer, plans, known=known):
+            solved.append(linear)
+            self._tell_linear(linear)
+            if len(solved) == sum(plan.info.stage == linear.plan.info.stage for plan in plans):
+                self._keep_stage(index, linear.plan.info.stage, solved)
+                solved = []
+        scales = {} if start is None or self.fp8 is None else self.fp8.scales(start, layer)
+        del layer, start
+        return_free_memory()
+        self._finish_layer(index, calibration, scales, started=started)
 
-    def _write_scales(self, start: ActivationStream, layer: DecoderLayer, writer: ShardWriter) -> None:
-        """Write the scales of a layer whose weights are quantized; `start`: the windows before it."""
-        if self._fp8_strategy is None:
-            return
-        maxima = [
-            (key_KSD.abs().amax((1, 2)), value_KSD.abs().amax((1, 2)))
-            for window, (_, key_KSD, value_KSD) in window_heads(start, layer)
-            if window < self.recipe.kv_cache.num_windows
-        ]
-        keys, values = (torch.stack(parts).amax(0) for parts in zip(*maxima, strict=True))
-        module = self._attention_module(layer.index)
-        for name, tensor in fp8_tensors([module], [keys], [values], strategy=self._fp8_strategy).items():
-            writer.write(name, tensor)
+    def _keep_stage(self, index: int, stage: StageName, solved: Sequence[SolvedLinear]) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        linears = []
+        for linear in solved:
+            layout, solution = linear.plan.layout, linear.solution
+            weight = None
+            if solution is not None:
+                # Checkpoints may keep some linears in another dtype than the rest.
+                dense_dtype = self.tensors.info(f"{layout.name}.weight").torch_dtype
+                weight = solution.weight.with_scale_dtype(self.form.scale_dtype(dense_dtype))
+                tensors |= self.form.encode(layout, weight)
+            linears.append(
+                linear_facts(
+                    linear,
+                    weight,
+                    zero_points_stored=self.form.stores_symmetric_zero_points,
+                    damp_ratio=self.recipe.weights.damp_ratio,
+                )
+            )
+        self.steps.put_stage(index, stage, tensors, linears)
 
-    def _write(self, solved: SolvedLinear, writer: ShardWriter) -> None:
+    def _finish_layer(
+        self, index: int, calibration: LayerCalibration, scales: dict[str, torch.Tensor], *, started: float
+    ) -> None:
+        error, tweak = calibration.output_error(), calibration.norm_tweak
+        told = []
+        if tweak is not None and not tweak.tensors:
+            told = [f"decoder layer {index}: its norms stay, since training them did not lower the held-out error"]
+        seconds, peak_bytes = time.perf_counter() - started, peak_memory_bytes()
+        cost = {
+            "index": index,
+            "seconds": seconds,
+            "resident_bytes": resident_memory_bytes(),
+            "peak_bytes": peak_bytes,
+            "windows_per_batch": calibration.windows_per_batch,
+        }
+        facts = {
+            "layer": decoder_layer_facts(index, error, tweak),
+            "cost": cost,
+            "warnings": [*self._shrunk.pop(index, ()), *told],
+        }
+        norms = {} if tweak is None else dict(tweak.tensors)
+        self.steps.put_layer(index, {"norms": norms, "scales": scales}, facts)
+        for warning in told:
+            self.progress(events.WarningRaised(message=warning))
+        self.progress(
+            events.DecoderLayerFinished(index=index, seconds=seconds, output_error=error, peak_memory_bytes=peak_bytes)
+        )
+        if index + 1 < self.spec.num_layers:
+            self._spills.keep(index, calibration)
+
+    def _tell_linear(self, solved: SolvedLinear) -> None:
         layout, solution = solved.plan.layout, solved.solution
-        # Checkpoints may keep some linears in another dtype than the rest.
-        dense_dtype = self.tensors.info(f"{layout.name}.weight").torch_dtype
-        weight = None if solution is None else solution.weight.with_scale_dtype(self.form.scale_dtype(dense_dtype))
-        self.record.add_linear(solved, weight)
-        if weight is not None:
-            self.digests[layout.name] = weight_digest(weight)
-            for name, tensor in self.form.encode(layout, weight).items():
-                writer.write(name, tensor)
         self.progress(
             events.LinearFinished(
                 layer_index=solved.plan.info.layer_index,
@@ -160,39 +255,9 @@ class WeightJob:
             )
         )
 
-    def _finish_layer(self, index: int, calibration: LayerCalibration, seconds: float) -> None:
-        error = calibration.output_error()
-        self.record.add_decoder_layer(index, error, calibration.norm_tweak)
-        if calibration.norm_tweak is not None and not calibration.norm_tweak.tensors:
-            self.warn(f"decoder layer {index}: its norms stay, since training them did not lower the held-out error")
-        self.record.timings[f"decoder layer {index}"] = seconds
-        self.progress(
-            events.DecoderLayerFinished(
-                index=index, seconds=seconds, output_error=error, peak_memory_bytes=peak_memory_bytes()
-            )
-        )
+    def _plans_of(self, index: int) -> list[LinearPlan]:
+        return [plan for plan in self.plans if plan.info.layer_index == index]
 
-
-def verify_copy(folder: Path, source: TensorSource) -> None:
-    """Read back a model whose weights stay as `source` has them, and compare.
-
-    Raises:
-        FormatError: something differs.
-        ModelError: a weight is not finite, or no tensor of the model.
-    """
-    written = CheckpointFolder.open(folder)
-    check_inventory(written, model_spec(written))
-    verify_dense(written, source)
-    problems = verify_folder(written).problems
-    if problems:
-        raise ModelError(
-            f"{source.path}, {problems[0].where}",
-            expected=problems[0].expected,
-            found=problems[0].found,
-            action="Download or convert the model again; `optgptq verify` lists all problems.",
-        )
-
-
-def _copied(stream: ActivationStream) -> ActivationStream:
-    """Return a stream that stays at this place while the other moves on."""
-    return ActivationStream([replace(batch, kept_input_BSI=None) for batch in stream.batches], stream.context)
+    def _cost(self, index: int) -> dict[str, Any]:
+        cost: dict[str, Any] = self.steps.require_layer(index).facts["cost"]
+        return cost

@@ -26,6 +26,9 @@ EVERYTHING = PRODUCT + sources("tests", "benchmarks")
 # Places where every exception must be caught, and why.
 BROAD_HANDLERS = {
     ("cli/main.py", "main"): "the border of the program: every exception becomes an exit code",
+    ("optgptq/gate_job.py", "recorded"): "the checkpoint is published: what fails now is told with the outcomes",
+    ("optgptq/gate_job.py", "evaluate"): "the checkpoint is published: what fails now is told with the outcomes",
+    ("optgptq/gate_job.py", "write_sample"): "the checkpoint is published: a text that fails is a warning",
     ("optgptq/data/tokenizer.py", "_read_native"): "the tokenizers library raises the bare class Exception",
     ("optgptq/runtime/engine.py", "_outcomes"): "the model may raise anything; `step` raises it again",
     ("optgptq/runtime/engine_thread.py", "_submit"): "a prompt's own code may raise anything; its asker hears of it",

@@ -69,6 +69,8 @@ def test_the_wheel_holds_every_module(wheel_names: frozenset[str]) -> None:
     modules = {installed_name(path) for base in PACKAGES for path in (ROOT / base).rglob("*.py")}
     assert modules - wheel_names == set()
     assert "optgptq/py.typed" in wheel_names
+    templates = {installed_name(path) for path in (ROOT / "optgptq/reports/templates").iterdir()}
+    assert templates - wheel_names == set()
 
 
 def test_the_wheel_holds_recipes_model_and_texts(wheel_names: frozenset[str]) -> None:

@@ -118,7 +118,7 @@ class AttentionStage:
         if self.settings.rows == "off":
             return None, None, ()
         spec, index = self.layer.spec, self.layer.index
-        num_positions = self.quantized.batches[0].state.hidden_BSM.shape[1]
+        num_positions = self.quantized.window_size
         if self.settings.rows == "pooled":
             reason = two_sided_reason(spec, index, num_positions)
             if reason is not None:
@@ -132,7 +132,7 @@ class AttentionStage:
 
     def _row_collector(self, num_positions: int) -> AttentionMoments | SoftmaxRowMoments:
         (output_name,) = self.layer.spec.stage("o").linears
-        device = self.quantized.batches[0].state.hidden_BSM.device
+        device = self.quantized.device
         if self.settings.rows == "pooled":
             pooled = AttentionMomentSettings(dtype=self.moment_dtype, seed=self.settings.seed)
             return AttentionMoments(self.layer, pooled, num_positions=num_positions, device=device)
@@ -211,8 +211,8 @@ class AttentionStage:
             seed=self.settings.seed,
         )
         context = self.quantized.context
-        num_positions, device = _window_shape(self.quantized)
-        moments = AttentionMoments(layer, settings, num_positions=num_positions, device=device)
+        stream = self.quantized
+        moments = AttentionMoments(layer, settings, num_positions=stream.window_size, device=stream.device)
         others = (
             self.full_precision.batches if self.full_precision is not None else [None] * len(self.quantized.batches)
         )
@@ -247,11 +247,6 @@ class AttentionStage:
 def _part(problems: Mapping[str, LayerProblem], projection: Projection) -> LayerProblem:
     problem = problems[projection.linear]
     return replace(problem, weight_OI=problem.weight_OI[projection.rows_ND.flatten()])
-
-
-def _window_shape(stream: ActivationStream) -> tuple[int, torch.device]:
-    hidden_BSM = stream.batches[0].state.hidden_BSM
-    return hidden_BSM.shape[1], hidden_BSM.device
 
 
 def _linear(layer: DecoderLayer, name: str) -> Linear:

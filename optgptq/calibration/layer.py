@@ -8,9 +8,10 @@ target shift is asked, both streams hold the same windows, and what lies between
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 
 import torch
 
@@ -18,6 +19,7 @@ from optgptq.calibration.attention_stage import AttentionSettings, AttentionStag
 from optgptq.calibration.measure import measure_stage
 from optgptq.calibration.moments import InputMoment
 from optgptq.calibration.norm_tweaking import NormTweak, NormTweakSettings, tweak_norms
+from optgptq.calibration.smaller_batches import with_smaller_batches
 from optgptq.calibration.statistics import StageStatistics
 from optgptq.calibration.stream import ActivationStream, output_error
 from optgptq.calibration.targets import ShiftSettings, Target, shifted_targets
@@ -25,8 +27,14 @@ from optgptq.models.layer import DecoderLayer
 from optgptq.models.linear import Linear
 from optgptq.models.spec import STAGE_NAMES, StageName
 from optgptq.plan import LinearPlan
+from optgptq.quantized_weight import QuantizedWeight
 from optgptq.solvers import METHODS, LayerProblem, LayerSolution, Solver, SolverSettings, gptaq
 from optgptq.solvers.stacking import solve_together
+
+KnownStages = Mapping[StageName, Mapping[str, QuantizedWeight]]
+"""Stages that were solved before: their quantized weights by the full name of the linear; dense ones are left out."""
+
+_NOTHING_KNOWN: KnownStages = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +67,13 @@ class SolvedLinear:
     """A linear of the layer and its solution; None where it stays dense.
 
     `shift_strength` is the share of the full target shift that was taken, None without one; the mean over the rows
-    where value heads have shifts of their own.
+    where value heads have shifts of their own. `num_tokens` are behind its moment, 0 where none was asked.
     """
 
     plan: LinearPlan
     solution: LayerSolution | None
     shift_strength: float | None = None
+    num_tokens: int = 0
 
 
 class LayerCalibration:
@@ -89,28 +98,60 @@ class LayerCalibration:
         self.norm_tweak: NormTweak | None = None
         self._stage_started = stage_started
 
-    def run(self, layer: DecoderLayer, plans: Sequence[LinearPlan]) -> Iterator[SolvedLinear]:
+    def run(
+        self, layer: DecoderLayer, plans: Sequence[LinearPlan], *, known: KnownStages = _NOTHING_KNOWN
+    ) -> Iterator[SolvedLinear]:
         """Yield the linears of `layer` as they are solved; its weights are replaced and both streams moved on.
+
+        Stages in `known` are neither measured nor solved, and nothing is yielded for them.
 
         Raises:
             NumericalError: activations are not finite, or a moment cannot be factored.
         """
         original = layer.copy()
         tweaking = self.settings.norm_tweaking
-        starts = [batch.state for batch in self.quantized.batches] if tweaking is not None else []
+        start = self.quantized.snapshot() if tweaking is not None else None
         stages = {stage: [plan for plan in plans if plan.info.stage == stage] for stage in STAGE_NAMES}
-        measured = None if self.settings.true_sequential else self._measure_all(layer, stages)
+        one_pass = not self.settings.true_sequential and len(known) < len(stages)
+        measured = self._measure_all(layer, stages) if one_pass else None
         for stage, stage_plans in stages.items():
             self._stage_started(layer.index, stage)
-            statistics = self._measure(original, layer, stage, stage_plans) if measured is None else measured[stage]
-            for solved in self._solve(original, layer, stage_plans, statistics):
-                _replace(layer, solved)
-                yield solved
+            if stage in known:
+                put_weights(layer, stage_plans, known[stage])
+            else:
+                statistics = self._measure(original, layer, stage, stage_plans) if measured is None else measured[stage]
+                for solved in self._solve(original, layer, stage_plans, statistics):
+                    if solved.solution is not None:
+                        _put_weight(layer, solved.plan, solved.solution.weight)
+                    yield replace(solved, num_tokens=statistics.moment.num_tokens)
             self.quantized.advance(layer, stage)
             if self.full_precision is not None:
                 self.full_precision.advance(original, stage)
-        if tweaking is not None and self.full_precision is not None:
-            self.norm_tweak = tweak_norms(layer, starts, self.quantized, self.full_precision, tweaking)
+        if tweaking is not None and start is not None and self.full_precision is not None:
+            self.norm_tweak = tweak_norms(layer, start, self.quantized, self.full_precision, tweaking)
+
+    def replay(self, layer: DecoderLayer, original: DecoderLayer) -> None:
+        """Take both streams through a layer that was finished before.
+
+        Args:
+            layer: as `run` left it: its linears quantized, its norms trained.
+            original: as it was.
+        """
+        for stage in STAGE_NAMES:
+            self.quantized.advance(layer, stage)
+            if self.full_precision is not None:
+                self.full_precision.advance(original, stage)
+
+    @property
+    def windows_per_batch(self) -> int:
+        """Windows of the largest batch."""
+        return max(batch.num_windows for batch in self.quantized.batches)
+
+    def shrink_batches(self, windows_per_batch: int) -> None:
+        """Split batches of more windows than that, between two decoder layers; results differ by rounding."""
+        self.quantized = with_smaller_batches(self.quantized, windows_per_batch)
+        if self.full_precision is not None:
+            self.full_precision = with_smaller_batches(self.full_precision, windows_per_batch)
 
     def output_error(self) -> float | None:
         """Return the relative error of the hidden states, None without a full-precision stream."""
@@ -150,8 +191,7 @@ class LayerCalibration:
         return {stage: StageStatistics(moment) for stage, moment in moments.items()}
 
     def _moment(self, plans: Sequence[LinearPlan], stream: ActivationStream) -> InputMoment:
-        device = stream.batches[0].state.hidden_BSM.device
-        return InputMoment(plans[0].info.in_features, dtype=self.settings.moment_dtype, device=device)
+        return InputMoment(plans[0].info.in_features, dtype=self.settings.moment_dtype, device=stream.device)
 
     def _solve(
         self, original: DecoderLayer, layer: DecoderLayer, plans: Sequence[LinearPlan], statistics: StageStatistics
@@ -160,7 +200,7 @@ class LayerCalibration:
         quantized = [plan for plan in plans if plan.grid is not None]
         if not quantized:
             return
-        mean_II = statistics.moment.mean()
+        mean_II = statistics.moment.take_mean()
         targets = self._targets(layer, quantized, mean_II, statistics)
         if self._sees_attention(plans):
             yield from self._solve_attention(original, layer, quantized, targets, (mean_II, statistics))
@@ -272,12 +312,17 @@ def _solved_alike(first: LinearPlan, second: LinearPlan) -> bool:
     return first.method == second.method and first.grid == second.grid
 
 
-def _replace(layer: DecoderLayer, solved: SolvedLinear) -> None:
-    if solved.solution is None:
-        return
-    dense = _dense_linear(layer, solved.plan)
-    weight_OI = solved.solution.weight.dequantize(dense.weight_OI.dtype)
-    layer.linears[solved.plan.info.local_name] = Linear(weight_OI, dense.bias_O)
+def put_weights(layer: DecoderLayer, plans: Sequence[LinearPlan], weights: Mapping[str, QuantizedWeight]) -> None:
+    """Put quantized weights, by full name, in the place of those of `layer`; linears without one stay dense."""
+    for plan in plans:
+        if plan.info.name in weights:
+            _put_weight(layer, plan, weights[plan.info.name])
+
+
+def _put_weight(layer: DecoderLayer, plan: LinearPlan, weight: QuantizedWeight) -> None:
+    dense = _dense_linear(layer, plan)
+    dequantized_OI = weight.to(dense.weight_OI.device).dequantize(dense.weight_OI.dtype)
+    layer.linears[plan.info.local_name] = Linear(dequantized_OI, dense.bias_O)
 
 
 def _dense_linear(layer: DecoderLayer, plan: LinearPlan) -> Linear:

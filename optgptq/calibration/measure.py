@@ -10,7 +10,7 @@ import torch
 from optgptq.calibration.moments import InputMoment
 from optgptq.calibration.statistics import Drift, StageStatistics, output_drift
 from optgptq.calibration.stream import ActivationStream, Batch, add_inputs
-from optgptq.models.layer import DecoderLayer
+from optgptq.models.layer import DecoderLayer, LayerState
 from optgptq.models.linear import Linear
 from optgptq.models.spec import StageName
 
@@ -44,17 +44,16 @@ def measure_stage(
     num_rows = layers[0].spec.hidden_size if of_output else num_columns
     drift = Drift(of_output=of_output, sum_XI=moment.sum_II.new_zeros(num_rows, num_columns))
     for batch, reference in zip(streams[0].batches, streams[1].batches, strict=True):
-        inputs_BSI = layers[0].stage_input(stage, batch.state, streams[0].context)
-        reference_BSI = layers[1].stage_input(stage, reference.state, streams[1].context)
+        states = batch.state, reference.state
+        inputs_BSI = layers[0].stage_input(stage, states[0], streams[0].context)
+        reference_BSI = layers[1].stage_input(stage, states[1], streams[1].context)
         if stage == "down":
             streams[0].keep(batch, inputs_BSI)
             streams[1].keep(reference, reference_BSI)
         if not batch.held_out:
             add_inputs(moment, inputs_BSI, batch, reads=reads)
         inputs = (inputs_BSI, reference_BSI)
-        drift_BSX = (
-            _output_drift(layers, stage, (batch, reference), inputs) if of_output else reference_BSI - inputs_BSI
-        )
+        drift_BSX = _output_drift(layers, stage, states, inputs) if of_output else reference_BSI - inputs_BSI
         pair = _valid(inputs_BSI, batch), _valid(drift_BSX, batch)
         if batch.held_out:
             drift.held_out.append(pair)
@@ -66,15 +65,15 @@ def measure_stage(
 def _output_drift(
     layers: tuple[DecoderLayer, DecoderLayer],
     stage: StageName,
-    batches: tuple[Batch, Batch],
+    states: tuple[LayerState, LayerState],
     inputs: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     (name,) = layers[1].spec.stage(stage).linears
     linear = layers[1].linears[name]
     if not isinstance(linear, Linear):
         raise TypeError(f"{name} is not dense")
-    found_BSM = layers[0].residual(stage, batches[0].state)
-    wanted_BSM = layers[1].residual(stage, batches[1].state)
+    found_BSM = layers[0].residual(stage, states[0])
+    wanted_BSM = layers[1].residual(stage, states[1])
     residuals = None if found_BSM is None or wanted_BSM is None else (found_BSM, wanted_BSM)
     return output_drift(linear.weight_OI, *inputs, residuals)
 

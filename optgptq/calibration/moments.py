@@ -44,6 +44,12 @@ class InputMoment:
         full_II = upper_II + upper_II.triu(1).T
         return full_II.div_(max(self.num_tokens, 1))
 
+    def take_mean(self) -> torch.Tensor:
+        """Return `mean()` and drop the sum, which takes gigabytes for wide inputs; nothing can be added any more."""
+        mean_II = self.mean()
+        self.sum_II = self.sum_II.new_empty(0, 0)
+        return mean_II
+
     def is_finite(self) -> bool:
         """False as soon as one added activation was not finite, or its square overflowed."""
         return bool(torch.isfinite(self.sum_II.diagonal()).all())

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from optgptq.calibration.stream import ActivationStream
+from optgptq.calibration.stream import ActivationStream, Batch
 from optgptq.models.attention import AttentionContext, context_at
 from optgptq.models.layer import DecoderLayer, LayerState
 from optgptq.models.linear import Linear, LinearLike
@@ -64,16 +64,15 @@ class NormTweak:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Example:
-    """One batch: what the layer reads, what it should return, and which positions count."""
+    """One batch: before the layer, and behind the original one."""
 
-    hidden_BSM: torch.Tensor
-    wanted_BSM: torch.Tensor
-    valid_BS: torch.Tensor | None
+    start: Batch
+    wanted: Batch
 
 
 def tweak_norms(
     layer: DecoderLayer,
-    starts: Sequence[LayerState],
+    start: ActivationStream,
     quantized: ActivationStream,
     full_precision: ActivationStream,
     settings: NormTweakSettings,
@@ -84,21 +83,20 @@ def tweak_norms(
 
     Args:
         layer: all its linears as they were quantized; only its norms are replaced.
-        starts: states of the batches of `quantized` before the layer.
+        start: the quantized stream before the layer, in the same batches.
         quantized: the stream behind the layer; some batches are held out.
         full_precision: the other stream behind the original layer, of the same windows in the same batches.
         settings: how.
     """
     examples: dict[bool, list[_Example]] = {False: [], True: []}
-    for start, batch, reference in zip(starts, quantized.batches, full_precision.batches, strict=True):
-        example = _Example(start.hidden_BSM, reference.state.hidden_BSM, batch.valid_BS)
-        examples[batch.held_out].append(example)
+    for batch, reference in zip(start.batches, full_precision.batches, strict=True):
+        examples[batch.held_out].append(_Example(batch, reference))
     training = _Training(layer, quantized.context, settings)
     tweak = training.run(examples[False], held_out=examples[True])
     if tweak.tensors:
         set_norms(layer, training.in_use(tweak.tensors))
-        for start, batch in zip(starts, quantized.batches, strict=True):
-            batch.state = LayerState(hidden_BSM=layer.forward(start.hidden_BSM, quantized.context))
+        for before, batch in zip(start.batches, quantized.batches, strict=True):
+            batch.state = LayerState(hidden_BSM=layer.forward(before.state.hidden_BSM, quantized.context))
     return tweak
 
 
@@ -175,10 +173,10 @@ class _Training:
         """Return `|h - r|^2` and `|r|^2` over the positions that count."""
         layer = self.layer.copy()
         set_norms(layer, {name: value.float() for name, value in values.items()})
-        found_BSM = layer.forward(example.hidden_BSM.float(), self.context)
-        wanted_BSM = example.wanted_BSM.float()
-        if example.valid_BS is not None:
-            found_BSM, wanted_BSM = found_BSM[example.valid_BS], wanted_BSM[example.valid_BS]
+        found_BSM = layer.forward(example.start.state.hidden_BSM.float(), self.context)
+        wanted_BSM = example.wanted.state.hidden_BSM.float()
+        if example.start.valid_BS is not None:
+            found_BSM, wanted_BSM = found_BSM[example.start.valid_BS], wanted_BSM[example.start.valid_BS]
         return (found_BSM - wanted_BSM).square().sum(), wanted_BSM.square().sum()
 
 

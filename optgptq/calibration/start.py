@@ -10,6 +10,7 @@ import torch
 from optgptq.calibration.attention_stage import AttentionSettings
 from optgptq.calibration.layer import LayerCalibration, LayerSettings
 from optgptq.calibration.norm_tweaking import NormTweakSettings
+from optgptq.calibration.states import ActivationStore
 from optgptq.calibration.stream import embed
 from optgptq.calibration.targets import ShiftSettings
 from optgptq.checkpoint.source import TensorSource
@@ -96,8 +97,11 @@ def start_calibration(
     dtype: torch.dtype,
     device: torch.device,
     stage_started: Callable[[int, StageName], None],
+    store: ActivationStore | None = None,
 ) -> LayerCalibration:
     """Return the calibration before the first decoder layer.
+
+    `store` keeps the activations of all windows, None for memory; the same numbers come of every store.
 
     Raises:
         RecipeError: too few windows for what is asked.
@@ -110,6 +114,7 @@ def start_calibration(
         context=attention_context(spec, windows.window_size, dtype=dtype, device=device),
         windows_per_batch=calibration.windows_per_batch,
         num_held_out=num_held_out(recipe, windows.num_windows),
+        store=store,
     )
     needs_all = settings.shift is not None or settings.norm_tweaking is not None
     if needs_all or settings.measure_full_precision:

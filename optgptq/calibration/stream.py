@@ -5,12 +5,13 @@ Shapes: `W` windows, `B` windows of a batch, `S` positions, `M` model width, `I`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from optgptq.calibration.moments import InputMoment
+from optgptq.calibration.states import ActivationStore, KeptState, MemoryStore
 from optgptq.data.windows import Windows
 from optgptq.errors import NumericalError
 from optgptq.models.attention import AttentionContext
@@ -31,16 +32,32 @@ class Batch:
     Attributes:
         first_window: index of the first of them among all windows.
         valid_BS: bool, False at padding; None where no window is padded.
-        state: activations between two stages.
+        kept: activations between two stages, wherever they are; `state` reads them.
+        store: where activations are kept.
         held_out: these windows choose among solutions and count in no moment.
         kept_input_BSI: inputs of the stage that was measured last, where they were kept.
     """
 
     first_window: int
     valid_BS: torch.Tensor | None
-    state: LayerState
+    kept: KeptState
+    store: ActivationStore
     held_out: bool = False
     kept_input_BSI: torch.Tensor | None = None
+
+    @property
+    def state(self) -> LayerState:
+        """Activations between two stages; may be read from a disk each time, and are not to be written to."""
+        return self.kept.read()
+
+    @state.setter
+    def state(self, state: LayerState) -> None:
+        self.kept = self.store.keep(state, before=self.kept)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of this batch."""
+        return self.kept.shape[0]
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +72,25 @@ class ActivationStream:
     batches: list[Batch]
     context: AttentionContext
     kept_bytes: int = field(default=0, init=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where activations are when they are computed with."""
+        return self.batches[0].kept.device
+
+    @property
+    def window_size(self) -> int:
+        """Positions of a window."""
+        return self.batches[0].kept.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.batches[0].kept.dtype
+
+    def snapshot(self) -> ActivationStream:
+        """Return a stream at the same place that moves on its own; no activation is copied."""
+        return ActivationStream([replace(batch, kept_input_BSI=None) for batch in self.batches], self.context)
 
     def measure(
         self, layer: DecoderLayer, stage: StageName, moment: InputMoment, *, reads: str, keep: bool = False
@@ -83,6 +119,9 @@ class ActivationStream:
 
     def advance(self, layer: DecoderLayer, stage: StageName) -> None:
         """Apply the linears of `stage` to every batch."""
+        if stage == "gate_up":
+            # Its output is made again in `down`: nothing to read or write for.
+            return
         for batch in self.batches:
             batch.state = layer.advance(stage, batch.state, self.context, stage_input_BSI=batch.kept_input_BSI)
             batch.kept_input_BSI = None
@@ -119,9 +158,14 @@ def embed(
     *,
     windows_per_batch: int | None,
     num_held_out: int = 0,
+    store: ActivationStore | None = None,
 ) -> ActivationStream:
-    """Return the stream of `windows` before the first decoder layer; the last `num_held_out` are in no moment."""
-    size = windows_per_batch or max(TOKENS_PER_BATCH // windows.window_size, 1)
+    """Return the stream of `windows` before the first decoder layer; the last `num_held_out` are in no moment.
+
+    `store` keeps the activations; None for memory.
+    """
+    size = windows_per_batch or default_windows_per_batch(windows.window_size)
+    store = store or MemoryStore()
     device = embedding.tokens_VE.device
     positions_S = torch.arange(windows.window_size)
     batches = []
@@ -132,18 +176,22 @@ def embed(
         lengths_B = windows.lengths_W[first:end]
         padded = bool((lengths_B < windows.window_size).any())
         valid_BS = (positions_S < lengths_B[:, None]).to(device) if padded else None
-        hidden_BSM = embedding.embed(tokens_BS.to(device), context)
-        batches.append(Batch(first, valid_BS, LayerState(hidden_BSM=hidden_BSM), held_out=first >= num_measured))
+        kept = store.keep(LayerState(hidden_BSM=embedding.embed(tokens_BS.to(device), context)))
+        batches.append(Batch(first, valid_BS, kept, store, held_out=first >= num_measured))
     return ActivationStream(batches, context)
+
+
+def default_windows_per_batch(window_size: int) -> int:
+    """Return how many windows run together where the recipe does not say."""
+    return max(TOKENS_PER_BATCH // window_size, 1)
 
 
 def output_error(stream: ActivationStream, reference: ActivationStream) -> float:
     """Return `|h - r|^2 / |r|^2` over the windows of `reference`, which are the first ones of `stream`."""
-    states = _hidden_by_window(stream.batches)
     difference = energy = 0.0
-    for window, (expected_SM, valid_S) in enumerate(_hidden_by_window(reference.batches)):
-        found_SM = states[window][0].float()
-        expected_SM = expected_SM.float()
+    windows = zip(_hidden_by_window(reference.batches), _hidden_by_window(stream.batches), strict=False)
+    for (expected_SM, valid_S), (found_SM, _) in windows:
+        found_SM, expected_SM = found_SM.float(), expected_SM.float()
         if valid_S is not None:
             found_SM, expected_SM = found_SM[valid_S], expected_SM[valid_S]
         difference += float((found_SM - expected_SM).square().sum(dtype=torch.float64))
@@ -151,12 +199,11 @@ def output_error(stream: ActivationStream, reference: ActivationStream) -> float
     return difference / energy if energy > 0 else 0.0
 
 
-def _hidden_by_window(batches: Sequence[Batch]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    return [
-        (batch.state.hidden_BSM[row], None if batch.valid_BS is None else batch.valid_BS[row])
-        for batch in batches
-        for row in range(batch.state.hidden_BSM.shape[0])
-    ]
+def _hidden_by_window(batches: Sequence[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    for batch in batches:
+        hidden_BSM = batch.state.hidden_BSM
+        for row in range(batch.num_windows):
+            yield hidden_BSM[row], None if batch.valid_BS is None else batch.valid_BS[row]
 
 
 def _not_finite(inputs_BSI: torch.Tensor, batch: Batch, reads: str, *, dtype: torch.dtype) -> NumericalError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def disk_error(path: Path, error: OSError) -> OptGPTQError:
         found=error.strerror or str(error),
         action="Choose another output folder or change its permissions.",
     )
+
+
+def force_to_disk(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, last through a power cut; OSError where that fails."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def require_disk_space(folder: Path, num_bytes: int) -> None:

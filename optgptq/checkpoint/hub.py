@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
         UsageError: a revision for something that is not on the hub.
         ModelError: no such folder, no such hub model, no access, or no connection.
     """
-    if name.startswith(_BUNDLED) or (name and Path(name).exists()):
+    if name.startswith(_BUNDLED) or (name and os.path.exists(name)):
         if revision is not None:
             raise UsageError(
                 "--revision",

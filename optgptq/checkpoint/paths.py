@@ -40,7 +40,7 @@ def require_inside(folder: Path, name: str) -> Path:
     try:
         target = path.resolve(strict=True)
         mode = target.stat().st_mode
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # the last for a name that no file can have
         raise ModelError(
             str(path), expected="a file", found=str(error), action="Download or export the checkpoint again, complete."
         ) from error

@@ -1,24 +1,35 @@
 """An output folder that appears complete or not at all.
 
-Everything is written to a hidden sibling of the output; one rename makes it appear. An older output is moved aside
-only then, put back if the rename fails, and removed last.
+Everything is written to a hidden sibling of the output; one rename makes it appear. An older output changes places with
+it in the same step, where the system can, and is removed last. Where it cannot, the older one is moved aside first; a
+process that dies between the two renames leaves a name that tells the next one to put it back.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from optgptq.checkpoint.deferral import deferred_stop
 from optgptq.checkpoint.disk import disk_error, require_disk_space
+from optgptq.checkpoint.exchange import exchange
 from optgptq.checkpoint.folder import CONFIG_FILE
+from optgptq.checkpoint.lock import hold_lock, work_folder
 from optgptq.errors import OutputError
 
-__all__ = ["Staging", "require_disk_space", "staging_folder"]
+__all__ = [
+    "Staging",
+    "open_staging",
+    "recover_output",
+    "require_disk_space",
+    "require_free",
+    "require_place",
+    "staging_folder",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +46,48 @@ class Staging:
     output: Path
     overwrite: bool
 
+    def sync(self) -> None:
+        """Force everything in the folder to disk.
+
+        Raises:
+            CapacityError: the disk is full.
+            OutputError: it cannot be written.
+        """
+        try:
+            _sync_tree(self.path)
+            _sync(self.path.parent)
+        except OSError as error:
+            raise disk_error(self.output, error) from error
+
     def publish(self) -> None:
         """Force everything to disk, then let the folder appear under its name by one rename.
+
+        A request to stop waits until that is done.
 
         Raises:
             OutputError: something appeared under that name in the meantime, or the rename is not allowed.
             CapacityError: the disk is full.
         """
-        try:
-            _sync_tree(self.path)
-            if os.path.lexists(self.output):
-                self._replace()
-            else:
-                os.rename(self.path, self.output)
-            _sync(self.output.parent)
-        except OSError as error:
-            raise disk_error(self.output, error) from error
+        self.sync()
+        with deferred_stop():
+            try:
+                if os.path.lexists(self.output):
+                    self._replace()
+                else:
+                    os.rename(self.path, self.output)
+                    _sync(self.output.parent)
+            except OSError as error:
+                raise disk_error(self.output, error) from error
 
     def _replace(self) -> None:
-        if not self.overwrite:
-            raise _exists(self.output)
-        aside = _hidden_sibling(self.output, "replaced")
+        require_free(self.output, overwrite=self.overwrite)
+        old = self.path if exchange(self.path, self.output) else self._replace_in_two_steps()
+        # Before the old one goes, a power cut must not be able to bring it back.
+        _sync(self.output.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _replace_in_two_steps(self) -> Path:
+        aside = _aside(self.output)
         try:
             os.rename(self.output, aside)
             os.rename(self.path, self.output)
@@ -64,12 +96,12 @@ class Staging:
             if os.path.lexists(aside) and not os.path.lexists(self.output):
                 os.rename(aside, self.output)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+        return aside
 
 
 @contextmanager
 def staging_folder(output: Path, *, overwrite: bool, source: Path | None = None) -> Iterator[Staging]:
-    """Make a staging folder for `output`; it is removed on the way out unless it was published.
+    """Make a staging folder for `output`, which no other process works on meanwhile; see `open_staging`.
 
     Args:
         output: folder that is to appear.
@@ -77,14 +109,25 @@ def staging_folder(output: Path, *, overwrite: bool, source: Path | None = None)
         source: folder that is read meanwhile; the output may not touch it.
 
     Raises:
-        OutputError: before any work, when the output exists, its parent is missing or not writable, or source and
-            output lie within each other.
+        OutputError: before any work, when the output exists, its parent is missing or not writable, source and output
+            lie within each other, or another process makes the same output.
     """
-    output = Path(os.path.abspath(output))
-    if source is not None:
-        _require_apart(output, source)
-    _require_free(output, overwrite)
-    path = _hidden_sibling(output, "partial")
+    output = require_place(output, source=source)
+    with hold_lock(work_folder(output)):
+        recover_output(output)
+        require_free(output, overwrite=overwrite)
+        with open_staging(output, overwrite=overwrite) as staging:
+            yield staging
+
+
+@contextmanager
+def open_staging(output: Path, *, overwrite: bool) -> Iterator[Staging]:
+    """Make a staging folder for `output`, whose lock is held; it is removed on the way out unless it was published.
+
+    Raises:
+        OutputError, CapacityError: it cannot be made.
+    """
+    path = _partial(output)
     try:
         path.mkdir()
     except OSError as error:
@@ -94,6 +137,36 @@ def staging_folder(output: Path, *, overwrite: bool, source: Path | None = None)
     finally:
         # After a rename there is nothing left under this name.
         shutil.rmtree(path, ignore_errors=True)
+
+
+def recover_output(output: Path) -> None:
+    """Put right what a process that died has left beside `output`, whose lock is held.
+
+    Raises:
+        OutputError: an older output was moved aside and cannot be put back.
+    """
+    aside = _aside(output)
+    try:
+        if os.path.lexists(aside) and not os.path.lexists(output):
+            os.rename(aside, output)
+            _sync(output.parent)
+    except OSError as error:
+        raise disk_error(output, error) from error
+    for path in (aside, _partial(output)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def require_place(output: Path, *, source: Path | None = None) -> Path:
+    """Return the absolute path of `output`, whose parent can be written and which lies apart from `source`.
+
+    Raises:
+        OutputError: it is not so.
+    """
+    output = Path(os.path.abspath(output))
+    if source is not None:
+        _require_apart(output, source)
+    _require_parent(output.parent, output)
+    return output
 
 
 def _require_apart(output: Path, source: Path) -> None:
@@ -107,8 +180,7 @@ def _require_apart(output: Path, source: Path) -> None:
         )
 
 
-def _require_free(output: Path, overwrite: bool) -> None:
-    parent = output.parent
+def _require_parent(parent: Path, output: Path) -> None:
     if not parent.is_dir():
         raise OutputError(
             str(output),
@@ -123,6 +195,10 @@ def _require_free(output: Path, overwrite: bool) -> None:
             found="no permission",
             action="Change its permissions or choose another output folder.",
         )
+
+
+def require_free(output: Path, *, overwrite: bool) -> None:
+    """Raise OutputError unless there is nothing under the name, or something that may be overwritten."""
     if not os.path.lexists(output):
         return
     if not overwrite:
@@ -146,8 +222,12 @@ def _exists(output: Path) -> OutputError:
     )
 
 
-def _hidden_sibling(output: Path, kind: str) -> Path:
-    return output.with_name(f".{output.name}.{kind}-{secrets.token_hex(4)}")
+def _partial(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
+
+
+def _aside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.replaced")
 
 
 def _sync_tree(folder: Path) -> None:

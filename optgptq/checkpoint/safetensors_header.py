@@ -20,6 +20,7 @@ from optgptq.errors import ModelError
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSION = 2**63 - 1
+MAX_DIMENSIONS = 64
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -145,7 +146,7 @@ def _tensor_info(name: str, entry: object, file: str, data_begin: int) -> Tensor
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _bad_header(where, expected="an entry with dtype, shape and data_offsets", found=str(entry)[:200])
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in TORCH_DTYPES:
+    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         raise _bad_header(where, expected=f"a dtype among {', '.join(TORCH_DTYPES)}", found=str(dtype)[:200])
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise _bad_header(
@@ -153,6 +154,8 @@ def _tensor_info(name: str, entry: object, file: str, data_begin: int) -> Tensor
             expected="a shape and two offsets of integers from 0 up",
             found=f"shape {str(shape)[:200]}, data_offsets {str(offsets)[:200]}",
         )
+    if len(shape) > MAX_DIMENSIONS:
+        raise _bad_header(where, expected=f"at most {MAX_DIMENSIONS} dimensions", found=str(len(shape)))
     num_bytes = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != num_bytes:
         raise _bad_header(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
-from optgptq.checkpoint.safetensors_header import TensorInfo
+from optgptq.checkpoint.safetensors_header import SAFETENSORS_DTYPES, TensorInfo
+from optgptq.errors import ModelError
 
 
 class TensorSource(Protocol):
@@ -92,3 +94,51 @@ class ReplacedTensors:
             yield from self.source.read_chunks(name, chunk_bytes)
             return
         yield from torch.split(self.read(name).contiguous().reshape(-1).view(torch.uint8), chunk_bytes)
+
+
+class HeldTensors:
+    """A `TensorSource` whose tensors are in memory, without a config and other files.
+
+    Attributes:
+        path: where they come from, for messages.
+        tensors: dtype and shape of each.
+    """
+
+    def __init__(self, path: Path, held: Mapping[str, torch.Tensor]) -> None:
+        self.path = path
+        self._held = held
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            {name: _info(name, held[name]) for name in sorted(held)}
+        )
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return MappingProxyType({})
+
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        return ()
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype and shape of tensor `name`; ModelError if there is none."""
+        if name not in self.tensors:
+            raise ModelError(
+                f"{self.path}, tensor {name}",
+                expected="a tensor of that name",
+                found=f"none among {len(self.tensors)} tensors",
+                action="Start the job again; report it if it happens twice.",
+            )
+        return self.tensors[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return tensor `name` on the CPU, in memory of its own."""
+        self.info(name)
+        return self._held[name].to("cpu", copy=True)
+
+    def read_chunks(self, name: str, chunk_bytes: int = 1 << 24) -> Iterator[torch.Tensor]:
+        """Yield the bytes of tensor `name` as uint8 tensors of `chunk_bytes`, the last one shorter."""
+        yield from torch.split(self.read(name).contiguous().reshape(-1).view(torch.uint8), chunk_bytes)
+
+
+def _info(name: str, tensor: torch.Tensor) -> TensorInfo:
+    return TensorInfo(name, SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape), "", 0, tensor.nbytes)

@@ -32,6 +32,16 @@ class _Advice:
     refused: str
 
 
+# A template is a program of the model's author: these are the ways in which such programs fail.
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 FOR_CALIBRATION = _Advice(
     no_template="Set calibration.chat_template=false and name a column of plain text, or add the template.",
     no_messages="Name the column that holds the messages in calibration.column.",
@@ -146,7 +156,7 @@ def render_chat(
             messages=plain, add_generation_prompt=add_generation_prompt, tools=None, **special_tokens
         )
         return str(rendered)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+    except _TEMPLATE_FAULTS as error:
         raise TextError(
             f"chat template of {folder}",
             expected="a template that accepts the messages",

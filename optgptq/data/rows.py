@@ -115,11 +115,11 @@ def read_parquet(path: Path, column: str) -> Iterator[NumberedRow]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"text {path} row {number}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter for names of columns and for text
         raise TextError(
             f"text {path}",
             expected="a Parquet file",
-            found=str(error).splitlines()[0],
+            found=next(iter(str(error).splitlines()), type(error).__name__),
             action="Check that the file is complete and of this type.",
         ) from error
     except OSError as error:

@@ -136,15 +136,19 @@ def _open_native(
 ) -> tokenizers.Tokenizer | None:
     """Return the tokenizer of `tokenizer.json` if transformers would use it unchanged, else None."""
     path = folder / "tokenizer.json"
-    if config.get("tokenizer_class") not in UNCHANGED_CLASSES or not path.is_file():
+    if not _is_one_of(config.get("tokenizer_class"), UNCHANGED_CLASSES) or not path.is_file():
         return None
     if any(key in config for key in CHANGING_KEYS):
         return None
-    if read_json(folder / "config.json").get("model_type") in REBUILT_MODEL_TYPES:
+    if _is_one_of(read_json(folder / "config.json").get("model_type"), REBUILT_MODEL_TYPES):
         return None
     native = _read_native(path)
     added = {token.content for token in native.get_added_tokens_decoder().values()}
     return native if declared_tokens(config, special_tokens) <= added else None
+
+
+def _is_one_of(value: object, names: frozenset[str]) -> bool:
+    return isinstance(value, str) and value in names
 
 
 def _open_transformers(folder: Path) -> Any:

@@ -18,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TextError(
             f"file {path}",
             expected="a JSON object",
@@ -50,9 +50,16 @@ def declared_tokens(config: Mapping[str, Any], special_tokens: Mapping[str, str]
     """Return every token that the configuration declares, which transformers would add where it is missing."""
     declared = set(special_tokens.values())
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
-    declared |= {_token_text(value) or "" for value in (extra.values() if isinstance(extra, dict) else extra)}
-    declared |= {_token_text(value) or "" for value in config.get("added_tokens_decoder", {}).values()}
+    for tokens in (extra, config.get("added_tokens_decoder") or ()):
+        declared |= {_token_text(value) or "" for value in _members(tokens)}
     return declared - {""}
+
+
+def _members(tokens: object) -> list[object]:
+    """Return the tokens of a table or list; none where a damaged file has something else there."""
+    if isinstance(tokens, dict):
+        return list(tokens.values())
+    return tokens if isinstance(tokens, list) else []
 
 
 def token_ids(*candidates: object) -> tuple[int, ...]:

@@ -8,13 +8,14 @@ Shapes: `W` windows, `B` windows of a batch, `S` positions of a window, `T` scor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from optgptq.errors import InputError, NumericalError, UsageError
+from optgptq.memory import return_free_memory, smaller_batch
 
 # A batch of 4096 tokens keeps two cores busy; more only costs memory.
 _TOKENS_PER_BATCH = 4096
@@ -80,8 +81,11 @@ def evaluate(
     first_scored_W: torch.Tensor | None = None,
     windows_per_batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> EvalResult:
     """Score every window with the candidate, and with the baseline where one is given.
+
+    Where memory runs out, batches are halved until one fits; the figures stay the same up to rounding.
 
     Args:
         candidate: the model to judge.
@@ -91,8 +95,10 @@ def evaluate(
             nothing predicts the first token of a window. Windows that overlap score only what is new.
         windows_per_batch: windows in one forward; None for about 4096 tokens.
         progress: called with windows done and windows in all, after each batch.
+        warn: takes a sentence for the user where batches had to be smaller.
 
     Raises:
+        MemoryError, RuntimeError: not even one window fits into the memory.
         UsageError: no window, or one without a token to score.
         InputError: the two models have different vocabularies.
         NumericalError: a model gives logits that are not finite.
@@ -101,24 +107,33 @@ def evaluate(
     starts = [1] * num_windows if first_scored_W is None else first_scored_W.tolist()
     _check_windows(starts, window_size)
     step = windows_per_batch or max(_TOKENS_PER_BATCH // window_size, 1)
-    sums = _Sums()
-    with torch.inference_mode():
-        for begin, end in _batches(starts, step):
-            _score_batch(sums, tokens_WS[begin:end], candidate, baseline=baseline, first_scored=starts[begin])
+    sums, begin = _Sums(), 0
+    while begin < num_windows:
+        end = _batch_end(starts, begin, step)
+        # A batch that did not fit has left sums half-way.
+        attempt = replace(sums)
+        try:
+            with torch.inference_mode():
+                _score_batch(attempt, tokens_WS[begin:end], candidate, baseline=baseline, first_scored=starts[begin])
+        except (MemoryError, RuntimeError) as error:
+            step = smaller_batch(error, end - begin)
+        else:
+            sums, begin = attempt, end
             if progress is not None:
                 progress(end, num_windows)
+            continue
+        return_free_memory()
+        if warn is not None:
+            warn(f"memory ran out: {step} instead of {end - begin} windows are scored at a time from window {begin} on")
     return _result(sums, has_baseline=baseline is not None)
 
 
-def _batches(first_scored: list[int], step: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of at most `step` consecutive windows that score the same positions."""
-    begin = 0
-    while begin < len(first_scored):
-        end = begin + 1
-        while end < min(begin + step, len(first_scored)) and first_scored[end] == first_scored[begin]:
-            end += 1
-        yield begin, end
-        begin = end
+def _batch_end(first_scored: list[int], begin: int, step: int) -> int:
+    """Return the end of at most `step` consecutive windows from `begin` on that score the same positions."""
+    end = begin + 1
+    while end < min(begin + step, len(first_scored)) and first_scored[end] == first_scored[begin]:
+        end += 1
+    return end
 
 
 def _check_windows(first_scored: list[int], window_size: int) -> None:

@@ -119,12 +119,14 @@ def evaluate_folders(
     if baseline is not None:
         _require_same_tokenizer(tokenizer, baseline, windows)
     models = _models(candidate, decoder, settings, window_size=windows.tokens_WS.shape[1])
+    told: list[str] = []
     result = evaluate(
         models.candidate,
         windows.tokens_WS,
         baseline=models.itself if baseline is None else load_model(baseline, device=device),
         first_scored_W=windows.first_scored_W,
         progress=progress,
+        warn=told.append,
     )
     return EvaluationReport(
         result=result,
@@ -133,7 +135,7 @@ def evaluate_folders(
         remainder_tokens=windows.remainder_tokens,
         tokens_sha256=windows.sha256,
         notes=windows.notes,
-        warnings=source_warnings(settings.source) + _position_warnings(windows, spec) + models.warnings,
+        warnings=source_warnings(settings.source) + _position_warnings(windows, spec) + models.warnings + tuple(told),
         cache=models.cache,
     )
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
+from optgptq.checkpoint.source import TensorSource
 from optgptq.checkpoint.writer import TensorEntry
 from optgptq.layout import LinearLayout
 from optgptq.quantized_weight import QuantizedWeight
@@ -70,7 +71,7 @@ class CheckpointFormat(Protocol):
             FormatError: the configuration and the stored tensors contradict each other.
         """
 
-    def decode(self, folder: CheckpointFolder, layout: LinearLayout) -> QuantizedWeight:
+    def decode(self, folder: TensorSource, layout: LinearLayout) -> QuantizedWeight:
         """Return one quantized weight; FormatError when its tensors are not what the layout promises."""
 
     def stored_bits(self, layout: LinearLayout, tensors: Sequence[TensorInfo]) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from optgptq.affine_weight import AffineWeight
 from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
+from optgptq.checkpoint.source import TensorSource
 from optgptq.checkpoint.writer import TensorEntry
 from optgptq.errors import FormatError
 from optgptq.formats.compressed_tensors_config import (
@@ -107,7 +108,7 @@ class CompressedTensorsFormat:
             )
         return with_engine_names(folder, [_read_layout(folder, config, name) for name in names])
 
-    def decode(self, folder: CheckpointFolder, layout: LinearLayout) -> AffineWeight:
+    def decode(self, folder: TensorSource, layout: LinearLayout) -> AffineWeight:
         bits, name = require_bits(layout), layout.name
         return AffineWeight(
             codes_OI=_unpack(folder.read(f"{name}.weight_packed"), bits, layout.in_features),
@@ -159,7 +160,7 @@ def _read_layout(folder: CheckpointFolder, config: CompressedTensorsConfig, name
     return layout
 
 
-def _read_zero_points(folder: CheckpointFolder, layout: LinearLayout) -> torch.Tensor:
+def _read_zero_points(folder: TensorSource, layout: LinearLayout) -> torch.Tensor:
     """Return the zero points in code units, int32 `[O, G]`. Old files store them unpacked and signed, int8 `[O, G]`."""
     bits, rows, groups = require_bits(layout), layout.out_features, groups_per_row(layout)
     middle = 2 ** (bits - 1)
@@ -177,7 +178,7 @@ def _read_zero_points(folder: CheckpointFolder, layout: LinearLayout) -> torch.T
     return _unpack(words_GW, bits, rows).to(torch.int32).t().contiguous()
 
 
-def _read_group_index(folder: CheckpointFolder, layout: LinearLayout) -> torch.Tensor | None:
+def _read_group_index(folder: TensorSource, layout: LinearLayout) -> torch.Tensor | None:
     """Return the group of each column, int32 `[I]`; None when absent, unused (all -1) or trivial."""
     name = f"{layout.name}.weight_g_idx"
     if name not in folder.tensors:

@@ -1,6 +1,6 @@
-"""Who can load a result: the rules of the engines, as read in the releases named in the sentences.
+"""Who can load a result: what the formats themselves refuse, and what the engines that read them say to it.
 
-vLLM 0.33.0, SGLang 0.5.23, transformers 5.23, GPTQModel 7.7, compressed-tensors 0.17 to 0.20.
+The rules of engines are records of `optgptq.targets`; here they become the warnings of a job that names no target.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import torch
 from optgptq.errors import TargetError
 from optgptq.layout import LinearLayout
 from optgptq.packing.planes import COLUMNS_PER_WORD
+from optgptq.targets import TargetSubject, check_target, known_targets, parse_target
+from optgptq.targets.rules import file_warnings
 
 GPTQ_BITS = (2, 3, 4, 8)
-MARLIN_BITS = (4, 8)
-MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
-TILE = 32
+# Whose answers a job tells that was not asked about anybody.
+READERS = {
+    "gptq": ("vllm", "sglang", "transformers", "gptqmodel"),
+    "compressed-tensors": ("vllm", "sglang", "transformers"),
+}
 PLANE_BITS = range(1, 5)
 ONE_KIND = "A checkpoint holds uniform grids or binary codes, not both"
 
@@ -31,47 +35,21 @@ def check_gptq(layouts: Sequence[LinearLayout], *, version: int, scale_dtype: to
             found=str(scale_dtype),
             action="Use the layout compressed-tensors, which stores scales in the dtype of the model.",
         )
-    asymmetric = [layout for layout in quantized if not layout.symmetric]
-    unusual_bits = [layout for layout in quantized if layout.bits not in MARLIN_BITS]
-    unusual_groups = [layout for layout in quantized if layout.group_size not in MARLIN_GROUP_SIZES]
-    settings = {(layout.bits, layout.group_size, layout.symmetric) for layout in quantized}
-    dense = [layout for layout in layouts if layout.bits is None and "." in layout.name]
-    warnings = []
-    if asymmetric:
+    name = "gptq" if version == 1 else "gptq_v2"
+    warnings = _reader_warnings(TargetSubject(format=name, layouts=tuple(layouts)), READERS["gptq"])
+    if version == 2 and all(layout.symmetric for layout in quantized):
+        paths = [(target, path) for target in known_targets() for path in target.paths if name in path.formats]
+        strict = list(dict.fromkeys(target.title for target, path in paths if version not in path.labels))
         warnings.append(
-            f"vLLM 0.33 and SGLang 0.5.23 refuse asymmetric GPTQ files ({_some(asymmetric)}): "
-            "use export.format=compressed-tensors to serve them."
+            f"{_listed(strict)} {'read' if len(strict) > 1 else 'reads'} version 1 alone, which is enough for "
+            "symmetric grids: use export.format=gptq unless the reader wants version 2."
         )
-    if asymmetric and version == 1:
-        warnings.append(
-            "GPTQModel refuses asymmetric version 1 files of other tools: use export.format=gptq_v2 for it."
-        )
-    if version == 2 and not asymmetric:
-        warnings.append(
-            "engines that read zero points of symmetric files expect version 1 (vLLM and SGLang on CPU): "
-            "use export.format=gptq unless the reader is GPTQModel or Humming."
-        )
-    if unusual_bits:
-        warnings.append(
-            f"vLLM 0.33 and SGLang 0.5.23 load 2-bit and 3-bit GPTQ files ({_some(unusual_bits)}) only with "
-            "--quantization humming on NVIDIA: use export.format=compressed-tensors for vLLM."
-        )
-    if unusual_groups:
-        warnings.append(
-            "vLLM 0.33 and SGLang 0.5.23 take GPTQ groups of -1, 32, 64 or 128 columns only, not those of "
-            f"{_some(unusual_groups)}."
-        )
-    if len(settings) > 1 or dense:
-        warnings.append(
-            "transformers 5.23 ignores the rules for linears that differ from the rest or stay dense: it loads such a "
-            "checkpoint as compressed-tensors only; vLLM, SGLang and GPTQModel obey them."
-        )
-    return (*warnings, *_misaligned(quantized))
+    return tuple(warnings)
 
 
 def check_compressed_tensors(layouts: Sequence[LinearLayout]) -> tuple[str, ...]:
     """Return warnings about a compressed-tensors file of `layouts`; TargetError when it cannot hold them."""
-    quantized = _require_sound(layouts, bits=range(1, 9))
+    _require_sound(layouts, bits=range(1, 9))
     transposed = [layout for layout in layouts if layout.stored_transposed]
     if transposed:
         raise TargetError(
@@ -80,25 +58,8 @@ def check_compressed_tensors(layouts: Sequence[LinearLayout]) -> tuple[str, ...]
             found="a Conv1D, which compressed-tensors does not replace",
             action="Use export.format=gptq for this model.",
         )
-    warnings = []
-    if any(layout.bits in (3, 5, 6, 7) for layout in quantized):
-        warnings.append(
-            "transformers decodes 3-bit, 5-bit, 6-bit and 7-bit files with compressed-tensors 0.18 or newer only."
-        )
-    if any(layout.bits not in MARLIN_BITS for layout in quantized):
-        unusual = [layout for layout in quantized if layout.bits not in MARLIN_BITS]
-        warnings.append(
-            f"vLLM 0.33 loads widths other than 4 and 8 bits ({_some(unusual)}) on NVIDIA GPUs only, and SGLang 0.5.23 "
-            "only with --quantization humming."
-        )
-    if any(not layout.symmetric for layout in quantized):
-        warnings.append(
-            "transformers 5.23 with compressed-tensors 0.20 loads asymmetric files only with "
-            "CompressedTensorsConfig(dequantize=True)."
-        )
-    if any(layout.bits == 8 and not layout.symmetric for layout in quantized):
-        warnings.append("vLLM 0.33 loads asymmetric 8-bit files on NVIDIA GPUs only.")
-    return (*warnings, *_misaligned(quantized))
+    subject = TargetSubject(format="compressed-tensors", layouts=tuple(layouts), model_dtype="bfloat16")
+    return tuple(_reader_warnings(subject, READERS["compressed-tensors"]))
 
 
 def check_planes(layouts: Sequence[LinearLayout]) -> tuple[str, ...]:
@@ -189,16 +150,42 @@ def _settings(layout: LinearLayout) -> tuple[int, int, bool] | str:
     return "dense" if layout.bits is None else (layout.bits, layout.group_size, layout.symmetric)
 
 
-def _misaligned(quantized: Sequence[LinearLayout]) -> tuple[str, ...]:
-    odd = [layout for layout in quantized if layout.in_features % TILE or layout.out_features % TILE]
-    if not odd:
-        return ()
-    return (
-        f"rows and columns that are not multiples of {TILE} are refused by most engines ({_some(odd)}): "
-        "keep these linears dense to serve the result.",
-    )
+def _reader_warnings(subject: TargetSubject, readers: Sequence[str]) -> list[str]:
+    """Return a sentence for each reason for which some of `readers` do not load `subject`, and for each caution."""
+    refused: dict[str, list[str]] = {}
+    others: dict[str, None] = {}
+    advice: dict[str, list[str]] = {}
+    for name in readers:
+        target = parse_target(name)
+        answer = check_target(target, subject)
+        for refusal in answer.refusals:
+            reason = f"expected {refusal.expected}, found {refusal.found} ({refusal.where})"
+            refused.setdefault(reason, []).append(target.title)
+        if answer.refusals:
+            advice.setdefault(answer.advice, []).append(target.title)
+        else:
+            path = next(path for path in target.paths if path.name == answer.path)
+            others |= {f"{target.title}: {warning}.": None for warning in file_warnings(path, subject)}
+    sentences = [
+        f"{_listed(titles)} {'do' if len(titles) > 1 else 'does'} not load the result: {reason}."
+        for reason, titles in refused.items()
+    ]
+    sentences += [f"{_listed(titles)}: {text}" for text, titles in advice.items()]
+    return [*sentences, *_with_options(subject, [title for titles in advice.values() for title in titles]), *others]
 
 
-def _some(layouts: Sequence[LinearLayout]) -> str:
-    names = ", ".join(layout.name for layout in layouts[:3])
-    return names if len(layouts) <= 3 else f"{names} and {len(layouts) - 3} more"
+def _with_options(subject: TargetSubject, refusing: Sequence[str]) -> list[str]:
+    """Return who loads `subject` all the same when started in another way than by default."""
+    engines = {target.engine for target in known_targets() if target.title in refusing}
+    told = []
+    for target in known_targets():
+        if target.engine in engines and any(path.option for path in target.paths):
+            answer = check_target(target, subject)
+            options = [path.option for path in target.paths if path.name == answer.path and path.option]
+            if answer.loads and options:
+                told.append(f"{target.title} loads it when started with {options[0]}.")
+    return told
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -16,6 +16,7 @@ import torch
 
 from optgptq.binary_weight import BinaryWeight
 from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
+from optgptq.checkpoint.source import TensorSource
 from optgptq.checkpoint.writer import TensorEntry
 from optgptq.coefficients import FloatCoefficients
 from optgptq.errors import FormatError, TargetError
@@ -84,7 +85,7 @@ class ForeignPlanes:
         self._require_whole(folder)
         return with_engine_names(folder, [self._read_layout(folder, name) for name in self._linears(folder)])
 
-    def decode(self, folder: CheckpointFolder, layout: LinearLayout) -> BinaryWeight:
+    def decode(self, folder: TensorSource, layout: LinearLayout) -> BinaryWeight:
         name, bits = layout.name, require_bits(layout)
         stored_OGP = folder.read(f"{name}.{self.coefficients.format(bits)}").movedim(-1, 0).contiguous()
         if self.offsets is None:

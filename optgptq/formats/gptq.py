@@ -14,6 +14,7 @@ import torch
 
 from optgptq.affine_weight import AffineWeight
 from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
+from optgptq.checkpoint.source import TensorSource
 from optgptq.checkpoint.writer import TensorEntry
 from optgptq.errors import FormatError
 from optgptq.formats.consumers import check_gptq
@@ -103,7 +104,7 @@ class GptqFormat:
             )
         return with_engine_names(folder, [_read_layout(folder, config, name) for name in names])
 
-    def decode(self, folder: CheckpointFolder, layout: LinearLayout) -> AffineWeight:
+    def decode(self, folder: TensorSource, layout: LinearLayout) -> AffineWeight:
         bits = require_bits(layout)
         zero_points = self._zero_points(folder, layout)
         middle = 2 ** (bits - 1)
@@ -130,7 +131,7 @@ class GptqFormat:
             notes.append("its columns are assigned to groups by an act-order g_idx")
         return tuple(notes)
 
-    def _zero_points(self, folder: CheckpointFolder, layout: LinearLayout) -> ZeroPoints:
+    def _zero_points(self, folder: TensorSource, layout: LinearLayout) -> ZeroPoints:
         return load_zero_points(
             folder.read(f"{layout.name}.qzeros"),
             require_bits(layout),
@@ -164,7 +165,7 @@ def _read_layout(folder: CheckpointFolder, config: GptqConfig, name: str) -> Lin
     return layout
 
 
-def _read_group_index(folder: CheckpointFolder, layout: LinearLayout) -> torch.Tensor | None:
+def _read_group_index(folder: TensorSource, layout: LinearLayout) -> torch.Tensor | None:
     """Return the group of each column, int32 `[I]`; None when there is no `g_idx` or it only says `i // group_size`."""
     name = f"{layout.name}.g_idx"
     if name not in folder.tensors:

@@ -28,7 +28,7 @@ from optgptq.formats.kv_cache_keys import (
 )
 from optgptq.formats.kv_cache_sidecar import CacheSizes, read_sidecar, require_sidecar, write_sidecar
 from optgptq.kv_cache.hadamard import block_hadamard
-from optgptq.kv_cache.page_layout import CHANNEL_MULTIPLE
+from optgptq.kv_cache.page_layout import require_head_size
 from optgptq.kv_cache.rotary_pairs import RotaryPairs
 from optgptq.kv_cache.scheme import CODE_BITS, CacheScheme, LayerScheme, PastRule, SideScheme
 from optgptq.kv_cache.setup import CacheSetup, LayerParameters, SideParameters
@@ -119,13 +119,8 @@ def data_free_setup(bits: int, *, num_layers: int, num_kv_heads: int, head_dim: 
     if bits not in CODE_BITS:
         known = ", ".join(str(known) for known in CODE_BITS)
         raise UsageError("kv_cache", expected=f"one of {known}", found=str(bits), action="Choose one of these widths.")
-    if head_dim % CHANNEL_MULTIPLE:
-        raise UsageError(
-            "kv_cache",
-            expected=f"heads whose channels are a multiple of {CHANNEL_MULTIPLE}, which codes are packed from",
-            found=f"{head_dim} channels",
-            action="Leave the KV cache of this model as it is: kv_cache 16.",
-        )
+    action = "Leave the KV cache of this model as it is: kv_cache 16."
+    require_head_size(head_dim, error=UsageError, where="kv_cache", action=action)
     side = SideScheme(bits=bits, group_size=head_dim)
     rotation = SideParameters(rotation_KDD=_hadamard(num_kv_heads, head_dim))
     said = ["data-free", bits, num_layers, num_kv_heads, head_dim, past.name, past.sink_tokens, past.recent_tokens]

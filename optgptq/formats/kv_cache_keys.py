@@ -12,7 +12,7 @@ from typing import Any
 
 from optgptq.errors import FormatError, UsageError
 from optgptq.formats.kv_cache_fields import Fields
-from optgptq.kv_cache.page_layout import CHANNEL_MULTIPLE, PAGE_MULTIPLE
+from optgptq.kv_cache.page_layout import PAGE_MULTIPLE, require_head_size
 from optgptq.kv_cache.scheme import (
     CODE_BITS,
     EXACT_BITS,
@@ -203,9 +203,8 @@ def _side(fields: Fields, head_dim: int, *, takes_tokens: bool) -> tuple[SideSch
     fields.finish()
     if bits == EXACT_BITS:
         return SideScheme(), clip
-    if head_dim % CHANNEL_MULTIPLE:
-        expected = f"{EXACT_BITS}: heads of {head_dim} channels do not split into parts of {CHANNEL_MULTIPLE}"
-        raise fields.refusal("bits", bits, expected=expected)
+    action = "Pass --kv-cache 16 to leave the cache of this checkpoint unquantized."
+    require_head_size(head_dim, error=FormatError, where=f"{fields.where}.bits", action=action)
     if axis == "token" and not takes_tokens:
         raise fields.refusal("axis", axis, expected="'channel' for values: groups along tokens are for keys")
     return SideScheme(bits=bits, group_size=_group_size(fields, size, axis, head_dim), axis=axis), clip

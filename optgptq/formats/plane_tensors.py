@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from optgptq.binary_weight import BinaryWeight
-from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
+from optgptq.checkpoint.folder import TensorInfo
+from optgptq.checkpoint.source import TensorSource
 from optgptq.errors import FormatError
 from optgptq.formats.tensors import require_bits
 from optgptq.layout import LinearLayout
 from optgptq.packing.planes import num_set_padding_bits, unpack_planes
 
 
-def read_codes(folder: CheckpointFolder, name: str, layout: LinearLayout) -> torch.Tensor:
+def read_codes(folder: TensorSource, name: str, layout: LinearLayout) -> torch.Tensor:
     """Return the codes of the first planes of tensor `name`, int32 `[W, >= P, O]`, as uint8 `[O, I]`.
 
     Raises:

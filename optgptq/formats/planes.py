@@ -15,6 +15,7 @@ import torch
 
 from optgptq.binary_weight import BinaryWeight
 from optgptq.checkpoint.folder import CheckpointFolder, TensorInfo
+from optgptq.checkpoint.source import TensorSource
 from optgptq.checkpoint.writer import TensorEntry
 from optgptq.coefficients import ByteCoefficients, Coefficients, FloatCoefficients, StepCoefficients
 from optgptq.errors import FormatError
@@ -144,7 +145,7 @@ class PlanesFormat:
             )
         return with_engine_names(folder, [_read_layout(folder, config.settings_for(name), name) for name in names])
 
-    def decode(self, folder: CheckpointFolder, layout: LinearLayout) -> BinaryWeight:
+    def decode(self, folder: TensorSource, layout: LinearLayout) -> BinaryWeight:
         name, parts = layout.name, _parts(layout)
         assert layout.coefficients is not None
         stored = [folder.read(f"{name}.{part.suffix}").movedim(-1, 0).contiguous() for part in parts]

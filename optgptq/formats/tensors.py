@@ -9,8 +9,8 @@ import torch
 
 from optgptq.affine_weight import AffineWeight
 from optgptq.binary_weight import BinaryWeight
-from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.safetensors_header import TensorInfo
+from optgptq.checkpoint.source import TensorSource
 from optgptq.errors import FormatError, TargetError
 from optgptq.formats.consumers import ONE_KIND
 from optgptq.layout import LinearLayout
@@ -42,7 +42,7 @@ def require_bits(layout: LinearLayout) -> int:
 
 
 def require_tensor(
-    folder: CheckpointFolder, name: str, *, dtypes: Sequence[str], shape: tuple[int, ...] | None = None
+    folder: TensorSource, name: str, *, dtypes: Sequence[str], shape: tuple[int, ...] | None = None
 ) -> TensorInfo:
     """Return the record of tensor `name`; FormatError when it is missing or of another dtype or shape."""
     info = folder.tensors.get(name)

@@ -1,32 +1,31 @@
 """A whole model converted layer by layer, with two streams of activations and one decoder layer in memory.
 
-The new tensors of attention go to a folder as they are made; the rest of the model is not copied. Perplexity before and
-after comes from the same two streams, carried to the head: on windows that are in no moment.
+The new tensors of attention are kept as steps of the job as they are made; the rest of the model is not copied. A layer
+that is known already is not measured again: both streams run through it. Perplexity before and after comes from these
+streams, carried to the head: on windows that are in no moment.
 
 Shapes: `W` windows, `S` positions, `M` model width.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from optgptq.calibration.stream import ActivationStream, embed
-from optgptq.checkpoint.folder import CONFIG_FILE, CheckpointFolder
 from optgptq.checkpoint.source import TensorSource
-from optgptq.checkpoint.writer import ShardWriter
 from optgptq.data.windows import Windows
 from optgptq.errors import GateError, RecipeError
 from optgptq.evaluation.perplexity import EvalResult, evaluate
-from optgptq.gqa.layer import convert_layer
+from optgptq.gqa.kept import KeptHeads
+from optgptq.gqa.layer import convert_layer, restored_layer
 from optgptq.gqa.plan import GroupingPlan, kv_bytes_per_token
 from optgptq.gqa.source import GroupedSource, grouped_source
+from optgptq.journal.store import Steps
 from optgptq.models.attention import attention_context
 from optgptq.models.ends import Embedding, Head
 from optgptq.models.layer import DecoderLayer
@@ -34,7 +33,7 @@ from optgptq.models.loading import load_embedding, load_head, load_layer
 from optgptq.models.spec import STAGE_NAMES
 from optgptq.recipe.records import Recipe
 
-_MAX_SHARD_BYTES = 5_000_000_000
+_FIGURES = "figures"
 Streams = tuple[ActivationStream, ActivationStream]
 """The new and the original one."""
 
@@ -44,7 +43,7 @@ class GroupedModel:
     """The converted model and what came of it.
 
     Attributes:
-        source: the model, readable as long as the folder of its new tensors is there.
+        source: the model, readable as long as the job keeps its steps.
         record: what was done, as plain values, without times and paths.
     """
 
@@ -87,50 +86,60 @@ def group_heads(
     plan: GroupingPlan,
     recipe: Recipe,
     texts: Texts,
-    folder: Path,
     *,
+    steps: Steps,
     dtype: torch.dtype,
     device: torch.device,
     layer_started: Callable[[int], None],
 ) -> GroupedModel:
-    """Convert the model and write its new tensors into the empty folder `folder`.
+    """Convert the model and keep its new tensors in `steps`, or go on where these end.
 
     Raises:
         RecipeError: too few windows.
         GateError: perplexity grew by more than the recipe allows.
         NumericalError: activations are not finite.
-        CapacityError, OutputError: the folder cannot be written.
+        CapacityError, OutputError: a step cannot be written.
     """
-    embedding = load_embedding(source, plan.spec, dtype=dtype, device=device)
     held_out = num_held_out(recipe, texts.calibration.num_windows)
-    streams = _streams(texts.calibration, embedding, recipe, held_out=held_out)
-    scored = None if texts.evaluation is None else _streams(texts.evaluation, embedding, recipe, held_out=0)
-    writer = ShardWriter(folder, plan.entries, max_shard_bytes=_MAX_SHARD_BYTES)
-    layers = []
-    for index in range(plan.spec.num_layers):
-        layer_started(index)
-        layer = load_layer(source, plan.spec, index, dtype=dtype, device=device)
-        layers.append(_convert(plan, layer, streams, scored, writer))
-    writer.finish()
-    (folder / CONFIG_FILE).write_text(json.dumps(plan.config), encoding="utf-8")
-    head = load_head(source, plan.spec, embedding=embedding, dtype=dtype, device=device)
-    record = _record(plan, recipe, _figures(head, scored or streams, texts.evaluation or texts.calibration), layers)
+    kept = KeptHeads.of(plan, steps)
+    known = steps.get(_FIGURES)
+    evaluated = None if texts.evaluation is None else texts.evaluation.sha256
+    if known is not None and known.facts["evaluation_sha256"] == evaluated:
+        record = dict(known.facts["record"])
+    else:
+        embedding = load_embedding(source, plan.spec, dtype=dtype, device=device)
+        streams = _streams(texts.calibration, embedding, recipe, held_out=held_out)
+        scored = None if texts.evaluation is None else _streams(texts.evaluation, embedding, recipe, held_out=0)
+        layers = []
+        for index in range(plan.spec.num_layers):
+            layer_started(index)
+            layer = load_layer(source, plan.spec, index, dtype=dtype, device=device)
+            layers.append(_through(plan, layer, streams, scored, kept))
+        head = load_head(source, plan.spec, embedding=embedding, dtype=dtype, device=device)
+        record = _record(plan, recipe, _figures(head, scored or streams, texts), layers)
+        steps.put(_FIGURES, {}, {"evaluation_sha256": evaluated, "record": record})
+        steps.sync()
     _require_gate(recipe, record)
-    return GroupedModel(source=grouped_source(source, plan, CheckpointFolder.open(folder)), record=record)
+    return GroupedModel(source=grouped_source(source, plan, kept), record=record)
 
 
-def _convert(
-    plan: GroupingPlan, layer: DecoderLayer, streams: Streams, scored: Streams | None, writer: ShardWriter
+def _through(
+    plan: GroupingPlan, layer: DecoderLayer, streams: Streams, scored: Streams | None, kept: KeptHeads
 ) -> dict[str, Any]:
-    """Convert a layer, take all streams through it and write its tensors; return what was done."""
-    stored = {entry.name: entry.dtype for entry in plan.entries}
-    converted = convert_layer(streams, layer, plan.new_spec, plan.settings, stored_dtype=stored.__getitem__)
-    if scored is not None:
+    """Convert a layer and keep it, or take it as it was kept; take all streams through it; return what was done."""
+    known = kept.layer(layer.index)
+    followers = [] if scored is None else [scored]
+    if known is not None:
+        converted = restored_layer(layer, plan.new_spec, (known.tensors, known.facts["record"]))
+        followers.append(streams)
+    else:
+        stored = {entry.name: entry.dtype for entry in plan.entries}
+        converted = convert_layer(streams, layer, plan.new_spec, plan.settings, stored_dtype=stored.__getitem__)
+        kept.put(converted)
+    for new, original in followers:
         for stage in STAGE_NAMES:
-            scored[0].advance(converted.layer, stage)
-            scored[1].advance(layer, stage)
-    for name, tensor in converted.tensors.items():
-        writer.write(name, tensor)
+            new.advance(converted.layer, stage)
+            original.advance(layer, stage)
     return converted.record
 
 
@@ -160,18 +169,18 @@ class _ReadyStates:
         return self.hidden_1SM
 
 
-def _figures(head: Head, streams: Streams, windows: Windows) -> Sequence[EvalResult]:
+def _figures(head: Head, streams: Streams, texts: Texts) -> Sequence[EvalResult]:
     """Return the figures of each window that may be scored: those held out, or all where none is."""
+    windows = texts.evaluation or texts.calibration
     some_held_out = any(batch.held_out for batch in streams[0].batches)
     found = []
     for batch, reference in zip(streams[0].batches, streams[1].batches, strict=True):
-        for row in range(len(batch.state.hidden_BSM)) if batch.held_out or not some_held_out else ():
+        states = (batch.state, reference.state) if batch.held_out or not some_held_out else ()
+        for row in range(batch.num_windows) if states else ():
             window = batch.first_window + row
             length = int(windows.lengths_W[window])
             if length >= 2:
-                models = [
-                    _ReadyStates(head, each.state.hidden_BSM[row : row + 1, :length]) for each in (batch, reference)
-                ]
+                models = [_ReadyStates(head, state.hidden_BSM[row : row + 1, :length]) for state in states]
                 tokens_1S = windows.tokens_WS[window : window + 1, :length]
                 found.append(evaluate(models[0], tokens_1S, baseline=models[1]))
     return found

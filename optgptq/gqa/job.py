@@ -1,10 +1,8 @@
-"""The conversion as a step of a job: texts read, new tensors put into the job's staging folder, progress told."""
+"""The conversion as a part of a job: texts read, new tensors kept among the job's steps, progress told."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +14,13 @@ from optgptq.data.tokenizer import load_tokenizer
 from optgptq.data.windows import Windows, windows_from_tokens
 from optgptq.gqa.convert import GroupedModel, Texts, group_heads
 from optgptq.gqa.plan import GroupingPlan
+from optgptq.journal.store import Steps
 from optgptq.recipe.records import Recipe
 from optgptq.reports import events
 from optgptq.reports.events import ProgressListener
 
-# Inside the staging folder, and hidden: nothing takes the files for part of the checkpoint.
-_FOLDER = ".heads"
+# Before the names of its steps.
+_SCOPE = "heads"
 # Tokens of a user's text that are scored.
 _TEXT_TOKENS = 20_000
 
@@ -31,37 +30,39 @@ def group_into(
     plan: GroupingPlan,
     recipe: Recipe,
     windows: Windows,
-    staging: Path,
     *,
+    steps: Steps,
     dtype: torch.dtype,
     device: torch.device,
     progress: ProgressListener,
 ) -> GroupedModel:
-    """Return the converted model, whose new tensors wait in `staging` until `remove_heads`.
+    """Return the converted model, whose new tensors are read from `steps`, which must keep what is put there.
 
     Raises:
         RecipeError: too few calibration windows.
         TextError: the text for perplexity cannot be used.
         GateError: perplexity grew by more than the recipe allows.
         NumericalError: activations are not finite.
-        CapacityError, OutputError: the staging folder cannot be written.
+        CapacityError, OutputError: a step cannot be written.
     """
-    folder = staging / _FOLDER
-    folder.mkdir()
 
     def tell(index: int) -> None:
         detail = f"decoder layer {index + 1}/{plan.spec.num_layers}"
         progress(events.PhaseStarted(name="grouping heads", detail=detail))
 
     texts = Texts(calibration=windows, evaluation=_evaluation_windows(source, recipe, windows.window_size))
-    model = group_heads(source, plan, recipe, texts, folder, dtype=dtype, device=device, layer_started=tell)
+    model = group_heads(
+        source,
+        plan,
+        recipe,
+        texts,
+        steps=steps.scope(_SCOPE),
+        dtype=dtype,
+        device=device,
+        layer_started=tell,
+    )
     progress(_event(model.record))
     return model
-
-
-def remove_heads(staging: Path) -> None:
-    """Remove what `group_into` left in `staging`: all of it is written elsewhere by now."""
-    shutil.rmtree(staging / _FOLDER)
 
 
 def grouping_warnings(plan: GroupingPlan, recipe: Recipe) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ ones. The heads are measured on the new stream: what the converted layers will r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from optgptq.models.linear import Linear
 from optgptq.models.spec import STAGE_NAMES, DecoderSpec
 
 Grouping = Literal["similarity", "cosine", "adjacent"]
+ConvertedTensors = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
+"""New tensors of a decoder layer by full name, and what was done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,20 @@ def convert_layer(
     return ConvertedLayer(layer=converted, tensors=tensors, record=record)
 
 
+def restored_layer(layer: DecoderLayer, new_spec: DecoderSpec, known: ConvertedTensors) -> ConvertedLayer:
+    """Return what `convert_layer` returned for `layer` from its tensors and its record; no stream moves."""
+    tensors, record = known
+    converted = replace(layer, spec=new_spec, linears=dict(layer.linears))
+    prefix = layer.spec.names.layer_prefix(layer.index)
+    for name in (*new_spec.stage("qkv").linears, *new_spec.stage("o").linears):
+        before = layer.linears[name]
+        assert isinstance(before, Linear)
+        weight_OI, bias_O = tensors[f"{prefix}.{name}.weight"], tensors.get(f"{prefix}.{name}.bias")
+        like = before.weight_OI
+        converted.linears[name] = Linear(weight_OI.to(like), None if bias_O is None else bias_O.to(like))
+    return ConvertedLayer(layer=converted, tensors=dict(tensors), record=dict(record))
+
+
 def _share(
     stream: ActivationStream,
     layer: DecoderLayer,
@@ -146,14 +162,19 @@ def _store(
         assert isinstance(before, Linear)
         dtype = before.weight_OI.dtype
         name = f"{prefix}.{local_name}"
-        weight_OI = linear.weight_OI.to(stored_dtype(f"{name}.weight"))
+        weight_OI = _plain(linear.weight_OI, stored_dtype(f"{name}.weight"))
         tensors[f"{name}.weight"] = weight_OI
         bias_O = None
         if linear.bias_O is not None:
-            bias_O = linear.bias_O.to(stored_dtype(f"{name}.bias"))
+            bias_O = _plain(linear.bias_O, stored_dtype(f"{name}.bias"))
             tensors[f"{name}.bias"] = bias_O
         layer.linears[local_name] = Linear(weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype))
     return tensors
+
+
+def _plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the numbers as a file gives them back: products of other strides may differ in the last bit."""
+    return tensor.to(dtype).clone(memory_format=torch.contiguous_format)
 
 
 def _query_record(refit: QueryRefit) -> dict[str, Any]:

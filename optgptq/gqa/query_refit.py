@@ -183,11 +183,12 @@ class _Windows:
 def _chosen_inputs(stream: ActivationStream, layer: DecoderLayer, *, held_out: bool) -> tuple[torch.Tensor, list[int]]:
     """Return the inputs `[W, S, I]` of some windows, spread evenly over the stream, and the lengths of the windows."""
     batches = [batch for batch in stream.batches if batch.held_out == held_out]
-    rows = [(batch, row) for batch in batches for row in range(len(batch.state.hidden_BSM))]
+    rows = [(batch, row) for batch in batches for row in range(batch.num_windows)]
     count = _HELD_OUT_WINDOWS if held_out else _WINDOWS
     inputs, lengths = [], []
     for batch, row in rows[:: max(1, len(rows) // count)][:count]:
-        state = replace(batch.state, hidden_BSM=batch.state.hidden_BSM[row : row + 1])
+        state = batch.state
+        state = replace(state, hidden_BSM=state.hidden_BSM[row : row + 1])
         inputs.append(layer.stage_input("qkv", state, stream.context))
         lengths.append(inputs[-1].shape[1] if batch.valid_BS is None else int(batch.valid_BS[row].sum()))
     return torch.cat(inputs), lengths
@@ -195,9 +196,8 @@ def _chosen_inputs(stream: ActivationStream, layer: DecoderLayer, *, held_out: b
 
 def _turns(stream: ActivationStream, layer: DecoderLayer) -> torch.Tensor:
     """Return `[S, D, D]`: by position, the rows that the rotation makes of the features of a query."""
-    hidden_BSM = stream.batches[0].state.hidden_BSM
-    turn_SDD = torch.eye(layer.spec.head_dim, dtype=hidden_BSM.dtype, device=hidden_BSM.device)
-    turn_SDD = turn_SDD.repeat(hidden_BSM.shape[1], 1, 1)
+    turn_SDD = torch.eye(layer.spec.head_dim, dtype=stream.dtype, device=stream.device)
+    turn_SDD = turn_SDD.repeat(stream.window_size, 1, 1)
     rope = layer.spec.layers[layer.index].rope
     return turn_SDD if rope is None else rotate(turn_SDD.unsqueeze(0), stream.context.rope_tables[rope])[0]
 

@@ -152,11 +152,12 @@ def _tokens(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return of one batch the inputs `[T, I]`, what the output lacks and what it should be, `[T, M]`."""
     batch, reference = streams[0].batches[index], streams[1].batches[index]
-    inputs_BSI = layers[0].stage_input("o", batch.state, streams[0].context)
+    states = batch.state, reference.state
+    inputs_BSI = layers[0].stage_input("o", states[0], streams[0].context)
     exact = torch.promote_types(inputs_BSI.dtype, torch.float32)
     found_BSM = _projection(layers[0])(inputs_BSI).to(exact)
-    wanted_BSM = _projection(layers[1])(layers[1].stage_input("o", reference.state, streams[1].context)).to(exact)
-    residuals = layers[0].residual("o", batch.state), layers[1].residual("o", reference.state)
+    wanted_BSM = _projection(layers[1])(layers[1].stage_input("o", states[1], streams[1].context)).to(exact)
+    residuals = layers[0].residual("o", states[0]), layers[1].residual("o", states[1])
     if residuals[0] is not None and residuals[1] is not None:
         wanted_BSM = wanted_BSM + (residuals[1].to(exact) - residuals[0].to(exact))
     parts = (inputs_BSI.to(exact), wanted_BSM - found_BSM, wanted_BSM)

@@ -1,4 +1,4 @@
-"""A checkpoint seen with its heads grouped: attention from a folder of new tensors, the rest from the old one."""
+"""A checkpoint seen with its heads grouped: attention from new tensors that a job keeps, the rest from the old one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from optgptq.checkpoint.safetensors_header import TensorInfo
 from optgptq.checkpoint.source import TensorSource
+from optgptq.gqa.kept import KeptHeads
 from optgptq.gqa.plan import GroupingPlan
 
 
@@ -31,7 +32,7 @@ class GroupedSource:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     planned: frozenset[str]
-    converted: TensorSource | None
+    converted: KeptHeads | None
 
     @property
     def path(self) -> Path:
@@ -53,14 +54,14 @@ class GroupedSource:
         """Yield the bytes of tensor `name` as uint8 tensors of `chunk_bytes`, the last one shorter."""
         yield from self._holder(name).read_chunks(name, chunk_bytes)
 
-    def _holder(self, name: str) -> TensorSource:
+    def _holder(self, name: str) -> TensorSource | KeptHeads:
         if name not in self.planned:
             return self.source
         assert self.converted is not None, f"{name} is read before it was made"
         return self.converted
 
 
-def grouped_source(source: TensorSource, plan: GroupingPlan, converted: TensorSource | None = None) -> GroupedSource:
+def grouped_source(source: TensorSource, plan: GroupingPlan, converted: KeptHeads | None = None) -> GroupedSource:
     """Return the view of `source` after the conversion; without `converted`, of what it will be."""
     new = {
         entry.name: replace(source.info(entry.name), shape=entry.shape, file="", begin=0, end=entry.num_bytes)

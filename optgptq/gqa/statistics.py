@@ -59,7 +59,7 @@ def measure_heads(stream: ActivationStream, layer: DecoderLayer, *, dtype: torch
     """
     spec = layer.spec
     size, width = spec.head_dim, spec.num_kv_heads * spec.head_dim
-    device = stream.batches[0].state.hidden_BSM.device
+    device = stream.device
     keys, values = (InputMoment(width, dtype=dtype, device=device) for _ in range(2))
     query_NDD = torch.zeros(spec.num_heads, size, size, dtype=torch.float64, device=device)
     key_sum = torch.zeros(width, dtype=torch.float64, device=device)
@@ -92,7 +92,7 @@ def measure_attended(
     spec = layer.spec
     shared, count = spec.num_heads // spec.num_kv_heads, len(groups[0])
     width = count * spec.head_dim
-    device = stream.batches[0].state.hidden_BSM.device
+    device = stream.device
     moments = [InputMoment(width, dtype=dtype, device=device) for _ in groups]
     sum_NI = torch.zeros(spec.num_heads, width, dtype=torch.float64, device=device)
     num_tokens = 0

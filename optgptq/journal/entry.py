@@ -46,7 +46,7 @@ def write_entry(path: Path, entry: Entry) -> None:
     """
     names = sorted(entry.tensors, key=lambda name: (-entry.tensors[name].dtype.itemsize, name))
     tensors = {name: entry.tensors[name].detach().cpu().contiguous() for name in names}
-    facts = json.dumps(entry.facts, sort_keys=True, ensure_ascii=False)
+    facts = json.dumps(entry.facts, ensure_ascii=False)
     metadata = {"facts": facts, "sha256": _digest(facts, tensors)}
     header = build_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()], metadata)
     partial = path.with_name(path.name + ".partial")
@@ -62,7 +62,7 @@ def write_entry(path: Path, entry: Entry) -> None:
 
 
 def read_entry(path: Path) -> Entry | None:
-    """Return what the file holds; None where there is no file, or none that is whole."""
+    """Return what the file holds; None where there is no file, or none that is whole and can be read."""
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
@@ -79,7 +79,7 @@ def read_entry(path: Path) -> Entry | None:
         metadata = json.loads(header)["__metadata__"]
         facts = json.loads(metadata["facts"])
         whole = metadata["sha256"] == _digest(metadata["facts"], tensors)
-    except (FileNotFoundError, ModelError, KeyError, TypeError, ValueError):
+    except (OSError, ModelError, KeyError, TypeError, ValueError):
         return None
     return Entry(tensors, facts) if whole and isinstance(facts, dict) else None
 

@@ -2,12 +2,14 @@
 
 `job.json` says which job the steps belong to. It is the first file that is written and the first that is removed:
 without it every other file is rubbish. A lock keeps two processes from working on one output.
+
+Steps whose names begin with `session-` tell of the job and are no work that is worth keeping.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,11 +20,13 @@ from typing import Any, Protocol, Self
 import torch
 
 from optgptq.checkpoint.disk import disk_error
-from optgptq.errors import OutputError
+from optgptq.checkpoint.lock import LOCK_FILE, hold_lock
 from optgptq.journal.entry import SUFFIX, Entry, read_entry, write_entry
 
+_logger = logging.getLogger(__name__)
+
 KEY_FILE = "job.json"
-_LOCK_FILE = "lock"
+SESSION_PREFIX = "session-"
 
 
 class Steps(Protocol):
@@ -81,6 +85,7 @@ class Journal:
             _sync(partial)
             os.replace(partial, self.path / KEY_FILE)
             _sync(self.path)
+            _sync(self.path.parent)
         except OSError as error:
             raise disk_error(self.path, error) from error
         self.key = key
@@ -113,18 +118,42 @@ class Journal:
 
     @property
     def is_empty(self) -> bool:
-        """No step was kept."""
-        return not any(path.suffix == SUFFIX for path in self.path.iterdir())
+        """No step was kept that is worth going on from."""
+        return not any(
+            path.suffix == SUFFIX and not path.name.startswith(SESSION_PREFIX) for path in self.path.iterdir()
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the steps take on the disk."""
+        return sum(path.stat().st_size for path in self.path.iterdir() if path.suffix == SUFFIX)
+
+    def names(self, prefix: str) -> list[str]:
+        """Return the sorted names of steps that begin with `prefix`, whole or torn."""
+        return sorted(
+            path.stem for path in self.path.iterdir() if path.suffix == SUFFIX and path.name.startswith(prefix)
+        )
 
     def remove(self) -> None:
-        """Remove the folder: the job is done, or has nothing that is worth keeping."""
-        self._drop()
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove every step: the job is done, or has nothing that is worth keeping. The folder goes with its lock.
+
+        What cannot be removed is left for the next job, with a warning in the log.
+        """
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what is in the folder, as far as that can be done."""
+        try:
+            self._drop()
+        except OSError as error:
+            _logger.warning("%s: could not be removed (%s)", self.path, error)
 
     def _drop(self) -> None:
         (self.path / KEY_FILE).unlink(missing_ok=True)
+        # Before any step goes: a power cut must not bring the file back without them.
+        _sync(self.path)
         for path in self.path.iterdir():
-            if path.name == _LOCK_FILE:
+            if path.name == LOCK_FILE:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -165,37 +194,22 @@ def open_journal(path: Path) -> Iterator[Journal]:
         OutputError: another process works on it, or the folder cannot be made.
         CapacityError: the disk is full.
     """
-    try:
-        path.mkdir(exist_ok=True)
-        descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise disk_error(path, error) from error
-    try:
-        _lock(path, descriptor)
-        journal = Journal(path, _read_key(path))
+    with hold_lock(path):
+        journal = Journal(path, read_key(path))
         if journal.key is None:
-            journal._drop()
-        yield journal
-    finally:
-        os.close(descriptor)
+            journal.clear()
+        try:
+            yield journal
+        finally:
+            if path.is_dir() and journal.is_empty:
+                journal.remove()
 
 
-def _lock(path: Path, descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise OutputError(
-            str(path),
-            expected="one process that works on an output",
-            found="another one that is at work on it",
-            action="Wait for it, stop it, or choose another output folder.",
-        ) from error
-
-
-def _read_key(path: Path) -> Mapping[str, Any] | None:
+def read_key(path: Path) -> Mapping[str, Any] | None:
+    """Return which job the steps in folder `path` belong to; None where there are none."""
     try:
         key = json.loads((path / KEY_FILE).read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return key if isinstance(key, dict) else None
 

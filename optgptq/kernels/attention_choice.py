@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 
 from optgptq.kernels import paged_attention as plain
+from optgptq.kernels.fast_attention import takes_triton, what_is_lost
 from optgptq.kernels.paged_attention import PagedBatch, ScoreRule
 from optgptq.native import paged_attention as native
 
@@ -16,11 +16,6 @@ StoreTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, 
 """`key_TKD, value_TKD, keys_ZKDY, values_ZKYD, slot_T`."""
 PagedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PagedBatch, ScoreRule], torch.Tensor]
 """`query_TND, keys_ZKDY, values_ZKYD, batch, rule`; gives `[T, N, D]`."""
-
-
-# Wider heads were compiled too: programs that take all segments then keep registers in memory.
-_WIDEST_HEAD = 256
-_FAST_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +55,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
             attend=native.paged_attention,
             rows_are_independent=True,
         )
-    has_triton = find_spec("triton") is not None
-    if device.type == "cuda" and dtype in _FAST_TYPES and has_triton and head_dim <= _WIDEST_HEAD:
+    if takes_triton(device, dtype, head_dim):
         from optgptq.kernels import triton_attention
 
         return AttentionChoice(
@@ -72,7 +66,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
             rows_are_independent=True,
             can_be_recorded=True,
         )
-    lost = _what_is_lost(device, dtype, head_dim)
+    lost = what_is_lost(device, dtype, head_dim)
     return AttentionChoice(
         name="torch",
         reason=f"plain torch on {place}: {lost or 'the only one for this device and dtype'}",
@@ -81,16 +75,3 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
         rows_are_independent=False,
         is_makeshift=lost is not None,
     )
-
-
-def _what_is_lost(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Say why a faster implementation that there is for the device does not run; None where there is none."""
-    if dtype not in _FAST_TYPES:
-        return None
-    if device.type == "cpu":
-        return "the compiled loops, which are faster, are not built"
-    if device.type == "cuda" and head_dim > _WIDEST_HEAD:
-        return f"the triton kernel, which is faster, takes heads of up to {_WIDEST_HEAD} features"
-    if device.type == "cuda":
-        return "triton, whose kernel is faster, is not installed: `pip install optgptq[triton]`"
-    return None

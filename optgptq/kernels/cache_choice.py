@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 
 from optgptq.kernels import quantized_attention as plain
+from optgptq.kernels.fast_attention import takes_triton, what_is_lost
 from optgptq.kernels.paged_attention import ScoreRule
 from optgptq.kernels.quantized_attention import CacheBatch, CacheStorage
 from optgptq.kv_cache.scheme import LayerScheme
@@ -18,10 +18,6 @@ StoreCache = Callable[[torch.Tensor, torch.Tensor, CacheStorage, CacheBatch], No
 """`key_TKD, value_TKD, storage, batch`."""
 CacheAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, CacheStorage, CacheBatch, ScoreRule], torch.Tensor]
 """`query_TND, key_TKD, value_TKD, storage, batch, rule`; gives `[T, N, D]`."""
-
-# That of the kernel over pages of full precision.
-_WIDEST_HEAD = 256
-_FAST_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +60,7 @@ def choose_cache_attention(
             attend=native.attend,
             rows_are_independent=True,
         )
-    lost = _what_is_lost(device, dtype, head_dim)
-    if lost is None and device.type == "cuda" and dtype in _FAST_TYPES:
+    if takes_triton(device, dtype, head_dim):
         from optgptq.kernels import triton_quantized_attention
 
         return CacheChoice(
@@ -76,6 +71,7 @@ def choose_cache_attention(
             rows_are_independent=True,
             can_be_recorded=True,
         )
+    lost = what_is_lost(device, dtype, head_dim)
     return CacheChoice(
         name="torch",
         reason=f"plain torch on {place}: {lost or 'the only one for this device and dtype'}",
@@ -84,18 +80,3 @@ def choose_cache_attention(
         rows_are_independent=False,
         is_makeshift=lost is not None,
     )
-
-
-def _what_is_lost(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Say why a faster implementation that there is for the device does not run; None where there is none."""
-    if dtype not in _FAST_TYPES:
-        return None
-    if device.type == "cpu":
-        return "the compiled loops, which are faster, are not built"
-    if device.type != "cuda":
-        return None
-    if head_dim > _WIDEST_HEAD:
-        return f"the triton kernels, which are faster, take heads of up to {_WIDEST_HEAD} features"
-    if find_spec("triton") is None:
-        return "triton, whose kernels are faster, is not installed: `pip install optgptq[triton]`"
-    return None

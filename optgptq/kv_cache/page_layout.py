@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from optgptq.errors import OptGPTQError
 from optgptq.kv_cache.scheme import LayerScheme, SideScheme
 
 _ALIGNMENT = 16
@@ -89,6 +90,17 @@ class PageLayout:
         if side.is_exact:
             return 0
         return self.page_size * self.head_dim // side.group_size * _PARAMETER_BYTES
+
+
+def require_head_size(head_dim: int, *, error: type[OptGPTQError], where: str, action: str) -> None:
+    """Raise `error` where the channels of a head do not split into codes."""
+    if head_dim % CHANNEL_MULTIPLE:
+        raise error(
+            where,
+            expected=f"heads whose channels are a multiple of {CHANNEL_MULTIPLE}, which codes are packed from",
+            found=f"{head_dim} channels",
+            action=action,
+        )
 
 
 def row_bytes(side: SideScheme, head_dim: int, exact_bytes: int) -> int:

@@ -5,7 +5,9 @@ Shapes: `K` key/value heads, `D` head dimension, `C` candidate ranges.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -35,6 +37,18 @@ class SideParameters:
     metric_KDD: torch.Tensor | None = None
     ranges_C2: torch.Tensor | None = None
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What there is, by the name of its field."""
+        parts = {
+            "shift_KD": self.shift_KD,
+            "scale_KD": self.scale_KD,
+            "rotation_KDD": self.rotation_KDD,
+            "metric_KDD": self.metric_KDD,
+            "ranges_C2": self.ranges_C2,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class LayerParameters:
@@ -42,6 +56,21 @@ class LayerParameters:
 
     keys: SideParameters
     values: SideParameters
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What there is of both sides, as `keys.shift_KD`."""
+        sides = {"keys": self.keys, "values": self.values}
+        return {f"{side}.{name}": part for side, own in sides.items() for name, part in own.tensors.items()}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """Return the parameters whose `tensors` these are."""
+        sides = {
+            side: {name.removeprefix(f"{side}."): part for name, part in tensors.items() if name.startswith(f"{side}.")}
+            for side in ("keys", "values")
+        }
+        return cls(keys=SideParameters(**sides["keys"]), values=SideParameters(**sides["values"]))
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from optgptq.journal.store import Steps
 from optgptq.kv_cache.page_layout import PAGE_MULTIPLE, PageLayout
 from optgptq.kv_cache.scheme import CODE_BITS, LayerScheme, SideScheme
 from optgptq.kv_calibration.attend import LayerQuantizer
@@ -69,23 +70,29 @@ def greedy_bits(options: Mapping[Place, Sequence[Option]], budget_bytes: float) 
 
 
 def allocate_bits(
-    chains: Chains, spec: DecoderSpec, settings: CacheCalibrationSettings, *, layer_started: Callable[[int], None]
+    chains: Chains,
+    spec: DecoderSpec,
+    settings: CacheCalibrationSettings,
+    *,
+    steps: Steps,
+    layer_started: Callable[[int], None],
 ) -> tuple[tuple[LayerScheme, ...], dict[str, Any]]:
-    """Return schemes with bits chosen under `settings.budget_bits`, and what was measured; `chains` runs to the end."""
+    """Return schemes with bits chosen under `settings.budget_bits`, and what was measured.
+
+    Costs that are in `steps` are not measured again; `chains` runs on as far as one has to be.
+
+    Raises:
+        NumericalError: activations are not finite.
+        CapacityError, OutputError: a step cannot be written.
+    """
     assert settings.budget_bits is not None
+    known = _walk(chains, settings, steps=steps, layer_started=layer_started)
     options: dict[Place, list[Option]] = {}
     budget = 0.0
-    exact = LayerQuantizer(keys=None, values=None)
-    for index, scheme in enumerate(settings.schemes):
-        layer_started(index)
-        if index not in settings.fixed_layers and not scheme.is_exact:
-            judge = chains.judge()
-            number, seed = settings.reservoir_tokens, settings.seed
-            statistics = measure_layer(chains.stream, chains.layer(), settings.past, reservoir_tokens=number, seed=seed)
-            found = _layer_options(judge, statistics, scheme, settings)
-            options |= found
-            budget += sum(_bytes_at(_side(scheme, side), settings.budget_bits, spec) for _, side in found)
-        chains.advance(exact, exact)
+    for index, found in sorted(known.items()):
+        options |= found
+        scheme = settings.schemes[index]
+        budget += sum(_bytes_at(_side(scheme, side), settings.budget_bits, spec) for _, side in found)
     bits = greedy_bits(options, budget)
     schemes = tuple(_with_bits(index, scheme, bits) for index, scheme in enumerate(settings.schemes))
     record = {
@@ -97,6 +104,57 @@ def allocate_bits(
         },
     }
     return schemes, record
+
+
+def _walk(
+    chains: Chains, settings: CacheCalibrationSettings, *, steps: Steps, layer_started: Callable[[int], None]
+) -> dict[int, dict[Place, list[Option]]]:
+    """Return the options of every layer whose bits are to be chosen."""
+    asked = [
+        index
+        for index, scheme in enumerate(settings.schemes)
+        if index not in settings.fixed_layers and not scheme.is_exact
+    ]
+    entries = {index: steps.get(_name(index)) for index in asked}
+    known = {index: _told(index, entry.facts) for index, entry in entries.items() if entry is not None}
+    exact = LayerQuantizer(keys=None, values=None)
+    for index in range(max(set(asked) - known.keys(), default=-1) + 1):
+        layer_started(index)
+        if index in asked and index not in known:
+            known[index] = _measured(chains, settings)
+            steps.put(_name(index), {}, _facts(known[index]))
+            steps.sync()
+        chains.advance(exact, exact)
+    return known
+
+
+def _name(index: int) -> str:
+    return f"allocation-{index:05d}"
+
+
+def _facts(options: Mapping[Place, Sequence[Option]]) -> dict[str, Any]:
+    """Return the options of one layer as plain values."""
+    return {
+        side: [{"bits": each.bits, "num_bytes": each.num_bytes, "cost": each.cost} for each in found]
+        for (_, side), found in options.items()
+    }
+
+
+def _told(index: int, facts: Mapping[str, Any]) -> dict[Place, list[Option]]:
+    return {(index, side): [Option(**each) for each in facts[side]] for side in SIDES if side in facts}
+
+
+def _measured(chains: Chains, settings: CacheCalibrationSettings) -> dict[Place, list[Option]]:
+    """Return the options of the layer before which `chains` stands."""
+    judge = chains.judge()
+    statistics = measure_layer(
+        chains.stream,
+        chains.layer(),
+        settings.past,
+        reservoir_tokens=settings.reservoir_tokens,
+        seed=settings.seed,
+    )
+    return _layer_options(judge, statistics, settings.schemes[chains.index], settings)
 
 
 def _layer_options(

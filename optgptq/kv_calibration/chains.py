@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -102,4 +102,4 @@ class Chains:
 
 def copied(stream: ActivationStream) -> ActivationStream:
     """Return a stream at the same place that moves on its own; no activation is copied."""
-    return ActivationStream([replace(batch) for batch in stream.batches], stream.context)
+    return stream.snapshot()

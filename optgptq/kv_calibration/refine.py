@@ -164,9 +164,10 @@ def _windows(stream: ActivationStream) -> Iterator[tuple[torch.Tensor, torch.Ten
     """Yield a few windows at a time, without end."""
     while True:
         for batch in (batch for batch in stream.batches if not batch.held_out):
-            for first in range(0, len(batch.state.hidden_BSM), _WINDOWS_PER_STEP):
+            hidden_BSM = batch.state.hidden_BSM
+            for first in range(0, batch.num_windows, _WINDOWS_PER_STEP):
                 part = slice(first, first + _WINDOWS_PER_STEP)
-                yield batch.state.hidden_BSM[part], None if batch.valid_BS is None else batch.valid_BS[part]
+                yield hidden_BSM[part], None if batch.valid_BS is None else batch.valid_BS[part]
 
 
 def _through(judge: BlockScore, hidden_BSM: torch.Tensor) -> torch.Tensor:

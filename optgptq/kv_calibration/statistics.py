@@ -78,9 +78,9 @@ def measure_layer(
     Raises:
         NumericalError: a query, a key or a value is not finite.
     """
-    windows = sum(len(batch.state.hidden_BSM) for batch in stream.batches if not batch.held_out)
+    windows = sum(batch.num_windows for batch in stream.batches if not batch.held_out)
     number = max(reservoir_tokens // windows, 1)
-    reader_NDD = reader_metrics(layer, stream.batches[0].state.hidden_BSM)
+    reader_NDD = reader_metrics(layer, torch.empty(0, dtype=stream.dtype, device=stream.device))
     collected = _Collected()
     with exact_float32_products():
         for window, heads in window_heads(stream, layer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,6 +44,24 @@ _NEUTRAL = frozenset(
 )
 
 
+# What a config may ask for. Layers and heads become records, so a wrong count would fill the memory.
+_LARGEST_COUNT = 100_000
+_LARGEST_INTEGER = 2**40
+_COUNTS = frozenset(
+    {
+        "attention_heads",
+        "n_head",
+        "n_heads",
+        "n_layer",
+        "n_layers",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "num_kv_heads",
+    }
+)
+
+
 class ConfigReader:
     """Typed access to a parsed config.json that remembers which keys were read.
 
@@ -64,6 +83,9 @@ class ConfigReader:
         value = self._first(keys, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.refusal(keys[0], value, expected=f"a whole number of at least {minimum}")
+        largest = _LARGEST_INTEGER if _COUNTS.isdisjoint(keys) else _LARGEST_COUNT
+        if value > largest:
+            raise self.refusal(keys[0], value, expected=f"a whole number of at most {largest}")
         return value
 
     def optional_integer(self, *keys: str, absent: int | None = None) -> int | None:
@@ -75,7 +97,7 @@ class ConfigReader:
     def number(self, *keys: str, default: float | None = None) -> float:
         """Return the first key that has a value."""
         value = self._first(keys, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
             raise self.refusal(keys[0], value, expected="a number")
         return float(value)
 
@@ -139,3 +161,8 @@ class ConfigReader:
         # All spellings count as read, so that two spellings of one value are not called unknown.
         values = [self.raw(key) for key in keys]
         return next((value for value in values if value is not None), default)
+
+
+def _is_finite(value: int | float) -> bool:
+    # A whole number in JSON can be longer than any float.
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**1000

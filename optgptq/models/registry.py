@@ -31,6 +31,8 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
         ModelError: no family implements the architecture.
     """
     architectures = config.get("architectures") or ()
+    if not isinstance(architectures, list | tuple):
+        architectures = (architectures,)
     for family in FAMILIES:
         if any(name in family.architectures for name in architectures):
             return family

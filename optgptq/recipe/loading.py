@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -60,7 +61,7 @@ def _find(name_or_path: str) -> tuple[str, Path]:
     if name_or_path in names:
         return f"recipe {name_or_path}", _recipes_folder() / f"{name_or_path}.yaml"
     path = Path(name_or_path)
-    if path.suffix.lower() in SUFFIXES or path.is_file():
+    if path.suffix.lower() in SUFFIXES or os.path.isfile(path):
         return name_or_path, path
     close = get_close_matches(name_or_path, names, n=1)
     advice = f"Did you mean {close[0]}?" if close else "`optgptq recipes` describes them."
@@ -136,4 +137,6 @@ def recipe_for_record(recipe: Recipe) -> dict[str, Any]:
     values["calibration"]["source"] = source_for_record(recipe.calibration.source)
     if recipe.gqa.text is not None:
         values["gqa"]["text"] = source_for_record(recipe.gqa.text)
+    if recipe.gates.text is not None:
+        values["gates"]["text"] = source_for_record(recipe.gates.text)
     return values

@@ -8,6 +8,9 @@ from optgptq.errors import RecipeError
 from optgptq.recipe.fields import takes_only_text
 from optgptq.recipe.yaml_text import KeyPath, parse_yaml
 
+# Longer numbers are no place in a list, and Python refuses to read very long ones.
+_LONGEST_INDEX = 9
+
 
 def _bad_path(override: str, *, expected: str, found: str, action: str) -> RecipeError:
     return RecipeError(f"--set {override}", expected=expected, found=found, action=action)
@@ -15,7 +18,7 @@ def _bad_path(override: str, *, expected: str, found: str, action: str) -> Recip
 
 def _split(override: str) -> tuple[KeyPath, str]:
     name, equals, value = override.partition("=")
-    parts = tuple(int(part) if part.isdecimal() else part for part in name.strip().split("."))
+    parts = tuple(_part(part) for part in name.strip().split("."))
     if not equals or "" in parts:
         raise _bad_path(
             override,
@@ -24,6 +27,10 @@ def _split(override: str) -> tuple[KeyPath, str]:
             action="Write --set SECTION.FIELD=VALUE; `optgptq recipes --schema` lists all fields.",
         )
     return parts, value
+
+
+def _part(text: str) -> str | int:
+    return int(text) if text.isdecimal() and len(text) <= _LONGEST_INDEX else text
 
 
 def _descend(container: Any, part: str | int, override: str, path: KeyPath) -> Any:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StrictBool, StrictStr, model_validator
 
 from optgptq.recipe.calibration import CalibrationRecipe
+from optgptq.recipe.gates import GatesRecipe
 from optgptq.recipe.gqa import GQARecipe
 from optgptq.recipe.kv_cache import KVCacheRecipe
 from optgptq.recipe.section import ByteCount, PositiveInt, Section, impossible
@@ -77,7 +78,7 @@ class ExportRecipe(Section):
 
 
 class Recipe(Section):
-    """Everything that decides the bytes of a quantized checkpoint, but for the model and the text."""
+    """Everything that decides the bytes of a quantized checkpoint, but for the model and the text; and its gates."""
 
     name: StrictStr = Field(default="", description="name of the recipe")
     description: StrictStr = Field(default="", description="one line for people")
@@ -90,6 +91,7 @@ class Recipe(Section):
     calibration: CalibrationRecipe = Field(default=CalibrationRecipe(), description="which text is read")
     kv_cache: KVCacheRecipe = Field(default=KVCacheRecipe(), description="how keys and values are kept")
     export: ExportRecipe = Field(default=ExportRecipe(), description="what is written")
+    gates: GatesRecipe = Field(default=GatesRecipe(), description="what the finished checkpoint must keep")
 
     @model_validator(mode="after")
     def _check_dense_weights(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +22,13 @@ def source_kind(source: str) -> SourceKind:
     if source.startswith(BUNDLED_PREFIX):
         return "bundled"
     path = Path(source)
-    if path.is_dir():
+    # os.path takes a name that is too long for a file as one that is not there; Path raises.
+    if os.path.isdir(path):
         return "saved_dataset"
     kind = SUFFIX_KINDS.get(path.suffix.lower())
     if kind is not None:
         return kind
-    return "hub" if not path.exists() and HUB_ID.fullmatch(source) else "unknown"
+    return "hub" if not os.path.exists(path) and HUB_ID.fullmatch(source) else "unknown"
 
 
 def source_for_record(source: str) -> str:

@@ -34,6 +34,17 @@ class PhaseStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderLayersKept:
+    """An earlier run of the job has finished decoder layers; no `DecoderLayerFinished` comes for them.
+
+    Attributes:
+        num_decoder_layers: how many.
+    """
+
+    num_decoder_layers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayerStarted:
     """Decoder layer `index` (from 0) is being read."""
 
@@ -136,6 +147,7 @@ class WarningRaised:
 ProgressEvent = (
     JobStarted
     | PhaseStarted
+    | DecoderLayersKept
     | DecoderLayerStarted
     | StageStarted
     | LinearFinished

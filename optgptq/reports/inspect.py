@@ -121,7 +121,7 @@ def inspect_checkpoint(folder: CheckpointFolder) -> InspectReport:
         decoder_layers=tuple(_entries(manifest, "decoder_layers")),
         recipe=_recipe_name(manifest),
         made_by=_text(manifest.get("optgptq")),
-        warnings=tuple(str(warning) for warning in manifest.get("warnings") or ()),
+        warnings=_texts(manifest.get("warnings")),
         kv_cache=cache_report(folder) if CACHE_KEY in folder.config else None,
         fp8_cache=fp8_summary(folder),
     )
@@ -151,7 +151,7 @@ def _layer(layout: LinearLayout, bits: int, stored_bits: int, solved: Mapping[st
         loss=_number(solved.get("loss")),
         rtn_loss=_number(solved.get("rtn_loss")),
         damp_ratio_used=_number(solved.get("damp_ratio_used")),
-        notes=tuple(str(note) for note in solved.get("notes") or ()),
+        notes=_texts(solved.get("notes")),
     )
 
 
@@ -181,6 +181,10 @@ def _recipe_name(manifest: Mapping[str, Any]) -> str:
 
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
 def _text(value: object) -> str | None:

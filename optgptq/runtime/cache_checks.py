@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from optgptq.errors import ModelError
-from optgptq.kv_cache.page_layout import CHANNEL_MULTIPLE
+from optgptq.kv_cache.page_layout import require_head_size
 from optgptq.kv_cache.setup import CacheSetup
 from optgptq.models.spec import DecoderSpec
 
 
-def require_head_size(spec: DecoderSpec) -> None:
-    """Raise ModelError for heads that codes do not split into parts."""
-    if spec.head_dim % CHANNEL_MULTIPLE:
-        raise ModelError(
-            "config.json",
-            expected=f"heads of a multiple of {CHANNEL_MULTIPLE} features for a quantized cache",
-            found=str(spec.head_dim),
-            action="Set kv_cache to 16.",
-        )
+def require_heads_of_codes(spec: DecoderSpec) -> None:
+    """Raise ModelError for heads that do not split into codes."""
+    require_head_size(spec.head_dim, error=ModelError, where="config.json", action="Set kv_cache to 16.")
 
 
 def require_fit(setup: CacheSetup, spec: DecoderSpec) -> None:
     """Raise ModelError for a setup of another model, and for one that would change the scores of this one."""
-    require_head_size(spec)
+    require_heads_of_codes(spec)
     for found, wanted, what in (
         (len(setup.scheme.layers), spec.num_layers, "decoder layers in the scheme"),
         (len(setup.layers), spec.num_layers, "decoder layers in the parameters"),

@@ -24,7 +24,7 @@ from optgptq.kv_cache.scheme import (
 )
 from optgptq.kv_cache.setup import CacheSetup
 from optgptq.models.spec import DecoderSpec
-from optgptq.runtime.cache_checks import require_fit, require_head_size
+from optgptq.runtime.cache_checks import require_fit, require_heads_of_codes
 from optgptq.runtime.engine_settings import CACHE_OF_CHECKPOINT, DATA_FREE_BITS, USUAL_PAGE_SIZE, EngineSettings
 from optgptq.runtime.layer_groups import ExactPages, plain_page_bytes
 
@@ -192,7 +192,7 @@ def _chosen_setup(setup: CacheSetup | None, spec: DecoderSpec, settings: EngineS
     bits = DATA_FREE_BITS.get(settings.kv_cache)
     if bits is None:
         return None
-    require_head_size(spec)
+    require_heads_of_codes(spec)
     past = PastRule(sink_tokens=USUAL_SINK_TOKENS[bits], recent_tokens=USUAL_RECENT_TOKENS[bits])
     return data_free_setup(
         bits, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, past=past

@@ -88,8 +88,12 @@ def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
     bias = values.get("logit_bias")
     if not isinstance(bias, Mapping):
         return SamplingParams(**values)
-    numbers = {int(key) if isinstance(key, str) and key.isdecimal() else key: value for key, value in bias.items()}
-    return SamplingParams(**{**values, "logit_bias": numbers})
+    return SamplingParams(**{**values, "logit_bias": {_token(key): value for key, value in bias.items()}})
+
+
+def _token(key: object) -> object:
+    # No token has a number of 20 digits, and Python refuses to read very long ones.
+    return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:

@@ -5,16 +5,18 @@ Shapes: `W` windows, `S` positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from optgptq.errors import TextError
+from optgptq.memory import return_free_memory, smaller_batch
 from optgptq.models.decoder import Decoder
 from optgptq.runtime.engine import Engine
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.llm import generate
+from optgptq.runtime.results import GenerationResult
 from optgptq.scheduling.sampling_params import SamplingParams
 
 # Texts at a time: more rows add nothing to the speed of a matrix product.
@@ -54,6 +56,7 @@ def write_windows(
     writing: SelfWriting,
     bos_token_id: int | None,
     progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> torch.Tensor:
     """Return text that the model writes itself, int64 `[W, S]` on the CPU.
 
@@ -68,6 +71,7 @@ def write_windows(
         writing: how tokens are chosen.
         bos_token_id: the model's BOS token or None.
         progress: called with tokens written and wanted, after each round of texts.
+        warn: takes a sentence for the user where memory ran out and fewer texts are written at a time.
 
     Raises:
         TextError: the model has neither a BOS nor an end token to start from, or it writes nothing but end tokens.
@@ -79,15 +83,14 @@ def write_windows(
     start = bos_token_id if bos_token_id is not None else next(iter(known), None)
     if start is None:
         raise _no_text("a BOS or an end token to start from", "neither in tokenizer and config")
-    settings = EngineSettings(max_length=window_size + 1, max_running=_RUNNING, prefix_cache=False)
-    engine = Engine(decoder, None, settings)
+    writer = _Writer(decoder, max_length=window_size + 1, warn=warn)
     wanted = num_windows * window_size
     stream: list[int] = []
     num_texts, count = 0, num_windows
     while len(stream) < wanted:
         # A text's randomness depends on its number alone, so the rounds do not show in the result.
         params = [writing.params(num_texts + index, max_tokens=window_size) for index in range(count)]
-        for result in generate(engine, [[start]] * count, params):
+        for result in writer.write(start, params):
             if result.error is not None:
                 raise result.error
             if stream and bos_token_id is not None:
@@ -101,6 +104,34 @@ def write_windows(
         missing = wanted - len(stream)
         count = -(-missing * num_texts // len(stream))
     return torch.tensor(stream[:wanted], dtype=torch.int64).view(num_windows, window_size)
+
+
+class _Writer:
+    """An engine, and a new one with half as many texts at a time whenever memory runs out."""
+
+    def __init__(self, decoder: Decoder, *, max_length: int, warn: Callable[[str], None] | None) -> None:
+        self._decoder = decoder
+        self._settings = EngineSettings(max_length=max_length, prefix_cache=False)
+        self._running = _RUNNING
+        self._warn = warn
+        self._engine: Engine | None = None
+
+    def write(self, start: int, params: Sequence[SamplingParams]) -> list[GenerationResult]:
+        """Return one text for each of the parameters; what is written depends on them alone."""
+        while True:
+            try:
+                self._engine = self._engine or self._start()
+                return generate(self._engine, [[start]] * len(params), params)
+            except (MemoryError, RuntimeError) as error:
+                fewer = smaller_batch(error, self._running)
+            self._engine = None
+            return_free_memory()
+            if self._warn is not None:
+                self._warn(f"memory ran out: {fewer} instead of {self._running} texts are written at a time")
+            self._running = fewer
+
+    def _start(self) -> Engine:
+        return Engine(self._decoder, None, replace(self._settings, max_running=self._running))
 
 
 def _no_text(expected: str, found: str) -> TextError:

@@ -122,9 +122,13 @@ def reverse_cholesky(moment_II: torch.Tensor, *, damp: float) -> torch.Tensor | 
     flipped_II.diagonal().add_(damp)
     lower_II: torch.Tensor
     lower_II, failure = torch.linalg.cholesky_ex(flipped_II)
+    # Each copy of a wide moment takes gigabytes.
+    del flipped_II
     if int(failure) != 0 or not bool(torch.isfinite(lower_II.diagonal()).all()):
         return None
-    return lower_II.flip(0, 1).contiguous()
+    upper_II = lower_II.flip(0, 1)
+    del lower_II
+    return upper_II.contiguous()
 
 
 def column_order(moment_II: torch.Tensor, order: ColumnOrder, group_size: int, *, damp: float) -> torch.Tensor:

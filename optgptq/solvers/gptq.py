@@ -45,14 +45,12 @@ def solve(problem: LayerProblem) -> LayerSolution:
     """
     started = time.perf_counter()
     grid, settings = problem.grid, problem.settings
-    weight_OI = problem.weight_OI.to(settings.dtype)
-    num_rows, num_columns = weight_OI.shape
+    num_columns = problem.weight_OI.shape[1]
     group_size, factor = problem.group_size, factor_problem(problem)
-    parts = [
-        _Rows(weight_OI[begin : begin + _ROWS], factor, grid, group_size, settings)
-        for begin in range(0, num_rows, _ROWS)
-    ]
-    losses = [rows.solve() for rows in parts]
+    parts, losses = [], []
+    for weight_OI in torch.split(problem.weight_OI, _ROWS):
+        parts.append(_Rows(weight_OI.to(settings.dtype), factor, grid, group_size, settings))
+        losses.append(parts[-1].solve())
     energy_O, loss_O, rtn_loss_O = (torch.cat(part) for part in zip(*losses, strict=True))
     return LayerSolution(
         weight=_collect(parts, grid, group_size),
@@ -91,14 +89,17 @@ class _Rows:
         self.group_of_column = (factor.order_I // group_size).tolist()
 
     def solve(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Round all columns; return the losses."""
+        """Round all columns and return the losses; codes and grids are left."""
         num_columns = len(self.group_of_column)
         if self.grid.group_grids == "static":
             self._find_static_grids()
             self._walk(0, num_columns, _STATIC_COLUMNS)
         else:
             self._walk(0, num_columns, self.group_size)
-        return self._losses()
+        losses = self._losses()
+        # Each takes as much as the rows in the arithmetic of the solve, and other rows are still to come.
+        del self.weight_IO, self.pending_IO, self.error_IO
+        return losses
 
     def original_codes(self) -> torch.Tensor:
         """Return the codes `[O, I]` with columns in the model's order."""

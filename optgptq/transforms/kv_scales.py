@@ -34,6 +34,12 @@ class KVScales:
     key_KD: torch.Tensor | None = None
     value_KD: torch.Tensor | None = None
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What there is, by the name of its field."""
+        parts = {"key_KD": self.key_KD, "value_KD": self.value_KD}
+        return {name: part for name, part in parts.items() if part is not None}
+
 
 def rotary_pairs(spec: DecoderSpec) -> tuple[RotaryPairs | None, ...]:
     """Return the rotary pairs of each decoder layer, None where it has no rotary embedding.

@@ -139,3 +139,12 @@ def test_sums_of_two_matrices_are_those_of_float64(dtype: torch.dtype, sum_dtype
     add_sum(left_TX, right_TI, sum_XI)
     expected_XI = left_TX.double().T @ right_TI.double() + 1
     torch.testing.assert_close(sum_XI.double(), expected_XI, rtol=1e-5, atol=1e-3)
+
+
+def test_the_mean_that_is_taken_is_the_mean_and_the_sum_is_gone() -> None:
+    inputs_TI = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    moments = [InputMoment(5, dtype=torch.float32) for _ in range(2)]
+    for moment in moments:
+        moment.add(inputs_TI)
+    assert torch.equal(moments[0].take_mean(), moments[1].mean())
+    assert (moments[0].sum_II.numel(), moments[0].num_tokens) == (0, 9)

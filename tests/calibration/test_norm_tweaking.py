@@ -102,7 +102,7 @@ class Place:
 
     source: CheckpointFolder
     layer: DecoderLayer
-    starts: list[LayerState]
+    start: ActivationStream
     quantized: ActivationStream
     full_precision: ActivationStream
 
@@ -113,7 +113,7 @@ class Place:
 
     def tweak(self, settings: NormTweakSettings) -> Any:
         with torch.no_grad():
-            return tweak_norms(self.layer, self.starts, self.quantized, self.full_precision, settings)
+            return tweak_norms(self.layer, self.start, self.quantized, self.full_precision, settings)
 
     def held_out_error(self) -> float:
         """Return the relative error of the streams where they stand, in float64."""
@@ -148,12 +148,12 @@ def place(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, window
     for local, linear in original.linears.items():
         assert isinstance(linear, Linear)
         layer.linears[local] = Linear(rounded(linear.weight_OI), linear.bias_O)
-    starts = [batch.state for batch in streams[0].batches]
+    start = streams[0].snapshot()
     with torch.no_grad():
         for stream, through in zip(streams, (layer, original), strict=True):
             for batch in stream.batches:
                 batch.state = LayerState(hidden_BSM=through.forward(batch.state.hidden_BSM, context))
-    return Place(source, layer, starts, *streams)
+    return Place(source, layer, start, *streams)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 from optgptq.checkpoint import disk
+from optgptq.checkpoint.exchange import exchange
 from optgptq.checkpoint.publish import require_disk_space, staging_folder
 from optgptq.errors import CapacityError, ExitCode, OutputError
 
@@ -29,7 +32,7 @@ def test_publish_makes_the_folder_appear(tmp_path: Path) -> None:
         (staging.path / "sub").mkdir()
         (staging.path / "sub" / "file").write_text("new")
         assert staging.path.parent == tmp_path
-        assert staging.path.name.startswith(".out.partial-")
+        assert staging.path.name == ".out.partial"
         assert not output.exists()
         staging.publish()
     assert names(tmp_path) == ["out"]
@@ -96,10 +99,11 @@ def test_old_output_comes_back_when_the_rename_fails(
     rename = os.rename
 
     def refuse_the_new_one(source: Path, target: Path) -> None:
-        if ".partial-" in Path(source).name:
+        if Path(source).name.endswith(".partial"):
             raise error
         rename(source, target)
 
+    monkeypatch.setattr("optgptq.checkpoint.publish.exchange", lambda first, second: False)
     monkeypatch.setattr(os, "rename", refuse_the_new_one)
     with (
         pytest.raises((OutputError, KeyboardInterrupt)),
@@ -108,6 +112,105 @@ def test_old_output_comes_back_when_the_rename_fails(
         staging.publish()
     assert (output / "config.json").read_text() == "old"
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_an_old_output_is_replaced_whether_or_not_the_system_can_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    output = make_old(tmp_path / "out")
+    if not can_exchange:
+        monkeypatch.setattr("optgptq.checkpoint.publish.exchange", lambda first, second: False)
+    with staging_folder(output, overwrite=True) as staging:
+        (staging.path / "config.json").write_text("new")
+        staging.publish()
+    assert (output / "config.json").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+def test_exchange_changes_two_names(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    make_old(first)
+    second.mkdir()
+    if not exchange(first, second):
+        pytest.skip("this file system cannot exchange two names")
+    assert names(first) == []
+    assert names(second) == ["config.json"]
+    with pytest.raises(OSError, match="No such file"):
+        exchange(first, tmp_path / "third")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_request_to_stop_waits_for_the_publishing_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, replaces: bool
+) -> None:
+    output = tmp_path / "out"
+    if replaces:
+        make_old(output)
+    place = "optgptq.checkpoint.publish.exchange" if replaces else "os.rename"
+    real = exchange if replaces else os.rename
+    seen: list[str] = []
+
+    def stop(asked: int, frame: FrameType | None) -> None:
+        del frame
+        seen.append(signal.Signals(asked).name)
+        raise KeyboardInterrupt
+
+    def interrupted(first: Path, second: Path) -> bool | None:
+        os.kill(os.getpid(), number)
+        done = real(first, second)
+        os.kill(os.getpid(), number)
+        assert seen == []
+        return done
+
+    previous = signal.signal(number, stop)
+
+    def make() -> None:
+        with staging_folder(output, overwrite=True) as staging:
+            (staging.path / "config.json").write_text("new")
+            staging.publish()
+
+    try:
+        monkeypatch.setattr(place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+    finally:
+        signal.signal(number, previous)
+    assert seen == [number.name]
+    assert (output / "config.json").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_a_dead_process_left_is_put_right(tmp_path: Path) -> None:
+    aside = make_old(tmp_path / ".out.replaced")
+    make_old(tmp_path / ".out.partial")
+    with (
+        pytest.raises(OutputError, match="one that exists"),
+        staging_folder(tmp_path / "out", overwrite=False),
+    ):
+        pytest.fail("work began")
+    assert not aside.exists()
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    make_old(aside)
+    with staging_folder(tmp_path / "out", overwrite=True) as staging:
+        (staging.path / "config.json").write_text("new")
+        staging.publish()
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+
+
+def test_one_process_works_on_an_output(tmp_path: Path) -> None:
+    with staging_folder(tmp_path / "out", overwrite=False):
+        with (
+            pytest.raises(OutputError, match="another one that is at work"),
+            staging_folder(tmp_path / "out", overwrite=False),
+        ):
+            pytest.fail("work began")
+        with staging_folder(tmp_path / "other", overwrite=False):
+            pass
+    assert names(tmp_path) == []
 
 
 def test_output_that_appears_meanwhile_is_not_touched(tmp_path: Path) -> None:

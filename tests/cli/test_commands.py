@@ -94,7 +94,7 @@ def test_an_output_that_exists_is_refused_and_with_overwrite_replaced(tmp_path, 
     assert main([*command, "--overwrite"]) == 0
     assert (output / "model.safetensors").exists()
     assert not (output / "mine.txt").exists()
-    assert os.listdir(tmp_path) == ["out"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.run.json"]
 
 
 def test_eval_prints_the_figures_of_the_contract(checkpoint, capsys):

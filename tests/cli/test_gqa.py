@@ -63,4 +63,5 @@ def test_what_goes_wrong_has_its_exit_code_and_leaves_nothing(
 ) -> None:
     assert main(["gqa", STORY, "-o", str(tmp_path / "out"), *SMALL, *arguments]) == code
     assert text in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    # What was computed before a gate was missed can be used under another limit.
+    assert [path.name for path in tmp_path.iterdir()] == ([".out.work"] if code == 7 else [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -37,16 +38,43 @@ def stop_after_first_layer(process: subprocess.Popen[str], number: signal.Signal
     return seen + rest
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_job_leaves_nothing_behind(tmp_path, number):
+KEPT = re.compile(
+    r"interrupted: optgptq\n  expected: to finish\n  found:    a request to stop\n"
+    r"  to do:    (\d) finished decoder layers? (?:is|are) kept\. "
+    r"Run the same command again: it goes on at decoder layer (\d) of 6\.\n\Z"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_job_keeps_finished_layers_and_goes_on(tmp_path, number):
     process = start(tmp_path / "out", num_windows=64)
     stderr = stop_after_first_layer(process, number)
     assert process.returncode == 75
-    assert stderr.endswith(
-        "interrupted: optgptq\n  expected: to finish\n  found:    a request to stop\n"
-        "  to do:    Nothing half-written was left. Run the same command again to start over.\n"
-    )
+    told = KEPT.search(stderr)
+    assert told is not None, stderr
+    finished = int(told[1])
+    assert 1 <= finished < 6
+    assert int(told[2]) == finished + 1
     assert "Traceback" not in stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
+    _, stderr = start(tmp_path / "out", num_windows=64).communicate(timeout=120)
+    resumed = "decoder layer 1 is finished" if finished == 1 else f"decoder layers 1 to {finished} are finished"
+    assert f"resuming: {resumed}" in stderr
+    assert f"\ndecoder layer {finished}/6," not in stderr
+    assert f"\ndecoder layer {finished + 1}/6," in stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.run.json"]
+
+
+def test_a_job_stopped_before_anything_is_finished_leaves_nothing(tmp_path):
+    process = start(tmp_path / "out", num_windows=64)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "calibration text: " in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert stderr.endswith("Nothing half-written was left. Run the same command again to start over.\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -57,7 +85,7 @@ def test_a_stopped_job_leaves_the_old_output_as_it_was(tmp_path):
     process = start(output, "--overwrite", num_windows=64)
     stop_after_first_layer(process, signal.SIGINT)
     assert process.returncode == 75
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.work", "out"]
     assert [path.name for path in output.iterdir()] == ["config.json"]
     assert (output / "config.json").read_text() == '{"old": true}'
 

@@ -138,3 +138,67 @@ def test_nothing_to_score_is_refused(shape):
 def test_a_hopeless_model_is_reported_as_infinite():
     result = evaluate(ToyModel(11, seed=1, scale=1e6), torch.arange(10).view(2, 5))
     assert result.perplexity == math.inf
+
+
+class SmallMemory(ToyModel):
+    """A model that runs out of memory with more than `fitting` windows."""
+
+    def __init__(self, vocabulary: int, *, seed: int, fitting: int) -> None:
+        super().__init__(vocabulary, seed=seed)
+        self.fitting = fitting
+        self.asked: list[int] = []
+
+    def hidden(self, tokens_BS: torch.Tensor, /) -> torch.Tensor:
+        self.asked.append(tokens_BS.shape[0])
+        if tokens_BS.shape[0] > self.fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().hidden(tokens_BS)
+
+
+def test_batches_are_halved_until_they_fit_and_the_figures_stay() -> None:
+    tokens_WS = torch.randint(0, 11, (13, 6), generator=torch.Generator().manual_seed(0))
+    expected = evaluate(ToyModel(11, seed=1), tokens_WS, baseline=ToyModel(11, seed=2), windows_per_batch=2)
+    candidate, told, seen = SmallMemory(11, seed=1, fitting=2), list[str](), list[tuple[int, int]]()
+    found = evaluate(
+        candidate,
+        tokens_WS,
+        baseline=ToyModel(11, seed=2),
+        windows_per_batch=10,
+        warn=told.append,
+        progress=lambda *place: seen.append(place),
+    )
+    assert candidate.asked == [10, 5, 2, 2, 2, 2, 2, 2, 1]
+    assert found == expected
+    assert seen == [(2, 13), (4, 13), (6, 13), (8, 13), (10, 13), (12, 13), (13, 13)]
+    assert told == [
+        "memory ran out: 5 instead of 10 windows are scored at a time from window 0 on",
+        "memory ran out: 2 instead of 5 windows are scored at a time from window 0 on",
+    ]
+
+
+def test_what_was_summed_before_memory_ran_out_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "_LOGITS_PER_CHUNK", 11)
+    tokens_WS = torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(0))
+    model = ToyModel(11, seed=1)
+    expected = evaluate(model, tokens_WS, windows_per_batch=2)
+    logits, calls = ToyHead.logits, list[int]()
+
+    def failing(head: ToyHead, hidden_BSM: torch.Tensor, /) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 7:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return logits(head, hidden_BSM)
+
+    monkeypatch.setattr(ToyHead, "logits", failing)
+    assert evaluate(model, tokens_WS, windows_per_batch=4) == expected
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a bug"), MemoryError()])
+def test_what_smaller_batches_do_not_cure_is_raised(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(model: ToyModel, tokens_BS: torch.Tensor, /) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(ToyModel, "hidden", failing)
+    with pytest.raises(type(error)) as caught:
+        evaluate(ToyModel(11, seed=1), torch.zeros(5, 4, dtype=torch.int64))
+    assert caught.value is error

@@ -31,28 +31,46 @@ def test_what_every_engine_loads_gives_no_warning(bits: int, group_size: int) ->
 
 
 def test_gptq_warnings() -> None:
-    assert "refuse asymmetric GPTQ files" in gptq(story_layouts(symmetric=False))
-    assert "GPTQModel refuses asymmetric version 1" in gptq(story_layouts(symmetric=False))
-    assert "GPTQModel refuses" not in gptq(story_layouts(symmetric=False), GPTQ_V2)
-    assert "expect version 1" in gptq(story_layouts(), GPTQ_V2)
-    assert "--quantization humming" in gptq(story_layouts(bits=3))
-    assert "39 more" in gptq(story_layouts(bits=3))
-    assert "groups of -1, 32, 64 or 128" in gptq(story_layouts(group_size=16))
-    assert "transformers 5.23 ignores the rules" in gptq(mixed_story_layouts())
+    both = "vLLM 0.33 (cuda) and SGLang 0.5.23 (cuda)"
+    asymmetric = gptq(story_layouts(symmetric=False))
+    assert f"{both} do not load the result: expected symmetric grids, found asymmetric ones" in asymmetric
+    assert f"{both}: It loads with --set export.format=compressed-tensors." in asymmetric
+    assert "GPTQModel 7.7 does not load the result: expected version 2" in asymmetric
+    assert "GPTQModel 7.7: It loads with --set export.format=gptq_v2." in asymmetric
+    assert "GPTQModel" not in gptq(story_layouts(symmetric=False), GPTQ_V2)
+    assert "vLLM 0.33 (humming) loads it when started with --quantization humming." in gptq(
+        story_layouts(symmetric=False), GPTQ_V2
+    )
+    assert gptq(story_layouts(), GPTQ_V2).startswith("SGLang 0.5.23 (cpu) reads version 1 alone")
+    three = gptq(story_layouts(bits=3))
+    assert f"{both} do not load the result: expected 4 or 8 bits, found 3" in three
+    assert "39 more" in three
+    assert "vLLM 0.33 (cuda): It loads with --set export.format=compressed-tensors." in three
+    assert "SGLang 0.5.23 (cuda): It loads with --set weights.bits=4." in three
+    assert "SGLang 0.5.23 (humming) loads it when started with --quantization humming." in three
+    groups = gptq(story_layouts(group_size=16))
+    assert "expected groups of -1, 32, 64 or 128 columns, found 16" in groups
+    assert "SGLang 0.5.23 (cuda): It loads with --set weights.group_size=32." in groups
+    mixed = gptq(mixed_story_layouts())
+    assert "transformers 5.23 does not load the result: expected linears that are alike" in mixed
+    assert "it does not look at the rules of the file, found dense linears (model.layers.2.mlp.down_proj)" in mixed
+    assert "vLLM" not in mixed
 
 
 def test_compressed_tensors_warnings() -> None:
-    assert "compressed-tensors 0.18 or newer" in packed(story_layouts(bits=3))
-    assert "NVIDIA GPUs only" in packed(story_layouts(bits=2))
+    three = packed(story_layouts(bits=3))
+    assert "transformers 5.23: compressed-tensors 0.18 or newer decodes 3" in three
+    assert "vLLM 0.33 (cuda): 3 bits, groups of 64, symmetric: runs on the Humming kernels" in three
+    assert "SGLang 0.5.23 (cuda) does not load the result: expected 4 or 8 bits, found 3" in three
     assert "dequantize=True" in packed(story_layouts(symmetric=False))
-    assert "asymmetric 8-bit" in packed(story_layouts(bits=8, symmetric=False))
+    assert "NVIDIA GPU" in packed(story_layouts(bits=8, symmetric=False))
     assert packed(mixed_story_layouts()) == ""
 
 
 def test_odd_sizes_are_named() -> None:
     layout = LinearLayout(name="odd", out_features=33, in_features=64, bits=4, group_size=32)
-    assert "multiples of 32 are refused by most engines (odd)" in gptq([layout])
-    assert "multiples of 32" in packed([layout])
+    assert "expected rows whose zero points fill whole 32-bit words, found 33 of 4 bits (odd)" in gptq([layout])
+    assert "found 64 columns and 33 rows on a device (odd)" in packed([layout])
 
 
 def refused(layouts: list[LinearLayout], *, form: str = "gptq") -> TargetError:

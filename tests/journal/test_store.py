@@ -93,3 +93,32 @@ def test_a_job_without_a_journal_knows_nothing():
     steps.scope("a").put("b", {}, {})
     steps.sync()
     assert steps.get("b") is None
+
+
+def test_a_journal_with_no_step_goes_and_one_with_a_step_stays(tmp_path):
+    with open_journal(tmp_path / "work") as journal:
+        journal.begin(KEY)
+        journal.put("session-00001", {}, {"seconds": 1.0})
+    assert not (tmp_path / "work").exists()
+    with open_journal(tmp_path / "work") as journal:
+        journal.begin(KEY)
+        journal.put("step", {}, {})
+        journal.put("session-00001", {}, {})
+        assert journal.names("session-") == ["session-00001"]
+        assert journal.num_bytes > 0
+    with open_journal(tmp_path / "work") as journal:
+        assert journal.get("step") is not None
+        assert journal.key == KEY
+
+
+def test_what_cannot_be_removed_is_told_and_hurts_nobody(tmp_path, monkeypatch, caplog):
+    def refuse(self, missing_ok=False):
+        raise PermissionError(13, "Permission denied")
+
+    with open_journal(tmp_path / "work") as journal:
+        journal.begin(KEY)
+        journal.put("step", {}, {})
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.unlink", refuse)
+            journal.remove()
+    assert "could not be removed" in caplog.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optgptq.kernels import attention_choice
+from optgptq.kernels import fast_attention
 from optgptq.kernels import paged_attention as plain
 from optgptq.kernels.attention_choice import choose_attention
 from optgptq.native import library as native_library
@@ -46,7 +46,7 @@ def test_a_gpu_takes_triton_and_says_where_it_is_missed(monkeypatch: pytest.Monk
     wide = choose_attention(torch.device("cuda"), torch.bfloat16, 320)
     assert (wide.name, wide.is_makeshift, wide.can_be_recorded) == ("torch", True, False)
     assert "heads of up to 256 features" in wide.reason
-    monkeypatch.setattr(attention_choice, "find_spec", lambda name: None)
+    monkeypatch.setattr(fast_attention, "find_spec", lambda name: None)
     choice = choose_attention(torch.device("cuda"), torch.bfloat16, 128)
     assert (choice.name, choice.is_makeshift) == ("torch", True)
     assert "pip install optgptq[triton]" in choice.reason

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.kv_cache import layer_schemes
 
-from optgptq.kernels import cache_choice
+from optgptq.kernels import fast_attention
 from optgptq.kernels import quantized_attention as plain
 from optgptq.kernels.cache_choice import choose_cache_attention
 from optgptq.native import quantized_attention as native
@@ -55,7 +55,7 @@ def test_a_gpu_takes_triton_and_says_where_it_is_missed(monkeypatch: pytest.Monk
     wide = choose_cache_attention(torch.device("cuda"), torch.bfloat16, 320, PLAIN)
     assert (wide.name, wide.is_makeshift, wide.can_be_recorded) == ("torch", True, False)
     assert "heads of up to 256 features" in wide.reason
-    monkeypatch.setattr(cache_choice, "find_spec", lambda name: None)
+    monkeypatch.setattr(fast_attention, "find_spec", lambda name: None)
     choice = choose_cache_attention(torch.device("cuda"), torch.bfloat16, 128, PLAIN)
     assert (choice.name, choice.is_makeshift) == ("torch", True)
     assert "pip install optgptq[triton]" in choice.reason

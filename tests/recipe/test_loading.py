@@ -31,7 +31,18 @@ WEIGHT_KEYS = (
     "method, bits, group_size, symmetric, order, grid_search, group_grids, damp_ratio, column_block, solver_dtype, "
     "target_shift, shift_strength, scale_refit, code_sweeps, true_sequential, keep_dense, rules"
 )
-SECTIONS = ("weights", "attention", "binary", "gqa", "transform", "norm_tweaking", "calibration", "kv_cache", "export")
+SECTIONS = (
+    "weights",
+    "attention",
+    "binary",
+    "gqa",
+    "transform",
+    "norm_tweaking",
+    "calibration",
+    "kv_cache",
+    "export",
+    "gates",
+)
 
 
 def failure(name: str | Path, *overrides: str) -> RecipeError:

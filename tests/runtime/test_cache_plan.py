@@ -141,7 +141,7 @@ def test_heads_that_do_not_split_are_refused(tmp_path, kv_cache) -> None:
     setup = random_setup(replace(spec, head_dim=8, layers=layers), ["4"], PAST)
     with pytest.raises(ModelError) as caught:
         plan(spec, setup, kv_cache=kv_cache)
-    assert (caught.value.found, caught.value.action) == ("4", "Set kv_cache to 16.")
+    assert (caught.value.found, caught.value.action) == ("4 channels", "Set kv_cache to 16.")
     assert "a multiple of 8" in caught.value.expected
 
 

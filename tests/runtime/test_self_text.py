@@ -8,6 +8,9 @@ import torch
 from optgptq.bundled import bundled_path
 from optgptq.errors import TextError
 from optgptq.models.decoder import Decoder
+from optgptq.runtime import self_text
+from optgptq.runtime.engine import Engine
+from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.load import load_model
 from optgptq.runtime.self_text import SelfWriting, write_windows
 
@@ -69,3 +72,33 @@ def test_a_model_that_only_ends_is_refused(story):
     everything = tuple(range(1024))
     with pytest.raises(TextError, match="5 tokens in 5 texts"):
         write(story, bos=None, eos=everything)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["while it starts", "while it writes"])
+def test_fewer_texts_are_written_at_a_time_when_memory_runs_out(
+    late: bool, story: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing = SelfWriting(temperature=1.0, eos_token_ids=(EOS,))
+    monkeypatch.setattr(self_text, "_RUNNING", 2)
+    expected = write_windows(story, 5, 33, writing=writing, bos_token_id=BOS)
+    place, name = (Engine, "step") if late else (self_text, "Engine")
+    whole, sizes = getattr(place, name), list[int]()
+
+    def limited(*arguments: object, **names: object) -> object:
+        settings = next(part for part in arguments if isinstance(part, EngineSettings | Engine))
+        settings = settings.settings if isinstance(settings, Engine) else settings
+        sizes.append(settings.max_running or 0)
+        if sizes[-1] > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return whole(*arguments, **names)
+
+    monkeypatch.setattr(self_text, "_RUNNING", 8)
+    monkeypatch.setattr(place, name, limited)
+    told: list[str] = []
+    found = write_windows(story, 5, 33, writing=writing, bos_token_id=BOS, warn=told.append)
+    assert torch.equal(found, expected)
+    assert list(dict.fromkeys(sizes)) == [8, 4, 2]
+    assert told == [
+        "memory ran out: 4 instead of 8 texts are written at a time",
+        "memory ran out: 2 instead of 4 texts are written at a time",
+    ]

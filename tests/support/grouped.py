@@ -16,6 +16,7 @@ from optgptq.data.windows import Windows, windows_from_tokens
 from optgptq.gqa.convert import GroupedModel, Texts, group_heads
 from optgptq.gqa.keys import key_rule
 from optgptq.gqa.plan import plan_grouping
+from optgptq.journal.store import Journal, Steps
 from optgptq.models.registry import model_spec
 from optgptq.models.spec import DecoderSpec
 from optgptq.recipe.records import Recipe
@@ -40,13 +41,33 @@ def grouped(
     dtype: torch.dtype = torch.float64,
 ) -> GroupedModel:
     """Convert a model; its new tensors are in `target`."""
+    target.mkdir()
+    journal = Journal(target, None)
+    journal.begin({})
+    return grouped_into(folder, recipe, journal, windows=windows, dtype=dtype)
+
+
+def grouped_into(
+    folder: CheckpointFolder,
+    recipe: Recipe,
+    steps: Steps,
+    *,
+    windows: Windows | None = None,
+    evaluation: Windows | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> GroupedModel:
+    """Convert a model, or go on where `steps` end."""
     plan = plan_grouping(folder, model_spec(folder), recipe)
     assert plan is not None
-    target.mkdir()
-    texts = Texts(calibration=some_windows() if windows is None else windows, evaluation=None)
-    device = torch.device("cpu")
     return group_heads(
-        folder, plan, recipe, texts, target, dtype=dtype, device=device, layer_started=lambda index: None
+        folder,
+        plan,
+        recipe,
+        Texts(calibration=some_windows() if windows is None else windows, evaluation=evaluation),
+        steps=steps,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        layer_started=lambda index: None,
     )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from optgptq.errors import ModelError, RecipeError
-from optgptq.kv_cache.page_layout import CHANNEL_MULTIPLE, row_bytes
+from optgptq.kv_cache.page_layout import require_head_size, row_bytes
 from optgptq.kv_cache.scheme import (
     CODE_BITS,
     USUAL_RECENT_TOKENS,
@@ -22,7 +22,7 @@ from optgptq.recipe.kv_cache import KVCacheRecipe, layer_ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CachePlan:
+class CacheRequest:
     """What is made of the cache.
 
     Attributes:
@@ -38,7 +38,7 @@ class CachePlan:
     notes: tuple[str, ...]
 
 
-def plan_cache(spec: DecoderSpec, recipe: KVCacheRecipe, *, weights_stay: bool = False) -> CachePlan | None:
+def request_cache(spec: DecoderSpec, recipe: KVCacheRecipe, *, weights_stay: bool = False) -> CacheRequest | None:
     """Return the plan, None where nothing of the cache is quantized.
 
     `weights_stay`: the job has no other task, so that advice to leave the cache alone names one.
@@ -50,13 +50,8 @@ def plan_cache(spec: DecoderSpec, recipe: KVCacheRecipe, *, weights_stay: bool =
     """
     if not recipe.is_quantized:
         return None
-    if spec.head_dim % CHANNEL_MULTIPLE:
-        raise ModelError(
-            "kv_cache.bits",
-            expected=f"heads whose channels are a multiple of {CHANNEL_MULTIPLE}, which codes are packed from",
-            found=f"{spec.head_dim} channels",
-            action=f"{_leaving_it(weights_stay=weights_stay)} for this model.",
-        )
+    leaving_it = _leaving_it(weights_stay=weights_stay)
+    require_head_size(spec.head_dim, error=ModelError, where="kv_cache.bits", action=f"{leaving_it} for this model.")
     if recipe.group_size != -1 and spec.head_dim % recipe.group_size:
         raise RecipeError(
             "kv_cache.group_size",
@@ -70,9 +65,9 @@ def plan_cache(spec: DecoderSpec, recipe: KVCacheRecipe, *, weights_stay: bool =
             "kv_cache.skip_layers and kv_cache.layers",
             expected="at least one decoder layer to quantize",
             found=f"16 bits for all {spec.num_layers}",
-            action=f"Name fewer layers. {_leaving_it(weights_stay=weights_stay)} where no layer is to have codes.",
+            action=f"Name fewer layers. {leaving_it} where no layer is to have codes.",
         )
-    return CachePlan(
+    return CacheRequest(
         scheme=CacheScheme(layers=layers, past=_past(recipe, layers)),
         fixed_layers=fixed,
         allowed_bits=_allowed_bits(recipe, layers),
@@ -98,7 +93,7 @@ def check_num_windows(of_text: int, of_cache: int) -> None:
     )
 
 
-def check_windows(plan: CachePlan, window_size: int) -> None:
+def check_windows(plan: CacheRequest, window_size: int) -> None:
     """Raise RecipeError where no query of a calibration window reads anything from codes."""
     past, last = plan.scheme.past, window_size - 1
     # As decoding reads: a token is a step of its own.

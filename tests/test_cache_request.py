@@ -10,7 +10,7 @@ from support.quantizable import tiny_model
 from support.tiny_models import reference_model
 
 from optgptq.cache_job import calibration_settings
-from optgptq.cache_plan import CachePlan, check_num_windows, check_windows, most_parameter_bytes, plan_cache
+from optgptq.cache_request import CacheRequest, check_num_windows, check_windows, most_parameter_bytes, request_cache
 from optgptq.errors import ModelError, OptGPTQError, RecipeError
 from optgptq.kv_cache.scheme import LayerScheme, SideScheme
 from optgptq.models.registry import config_spec
@@ -28,8 +28,8 @@ def spec() -> DecoderSpec:
     return spec
 
 
-def planned(spec: DecoderSpec, **values: Any) -> CachePlan:
-    plan = plan_cache(spec, KVCacheRecipe.model_validate({"bits": 4, **values}))
+def planned(spec: DecoderSpec, **values: Any) -> CacheRequest:
+    plan = request_cache(spec, KVCacheRecipe.model_validate({"bits": 4, **values}))
     assert plan is not None
     return plan
 
@@ -39,7 +39,7 @@ def side(bits: int, group_size: int = 16) -> SideScheme:
 
 
 def test_no_plan_where_nothing_is_quantized(spec: DecoderSpec) -> None:
-    assert plan_cache(spec, KVCacheRecipe()) is None
+    assert request_cache(spec, KVCacheRecipe()) is None
 
 
 def test_bits_by_side_and_layer(spec: DecoderSpec) -> None:
@@ -213,13 +213,13 @@ def test_advice_does_not_lead_in_a_circle(spec: DecoderSpec, head_dim: int) -> N
     recipe = KVCacheRecipe(bits=4, skip_layers="0-2")
     for weights_stay in (False, True):
         with pytest.raises(OptGPTQError) as caught:
-            plan_cache(replace(spec, head_dim=head_dim), recipe, weights_stay=weights_stay)
+            request_cache(replace(spec, head_dim=head_dim), recipe, weights_stay=weights_stay)
         # Without a cache such a job would have nothing to do, which is refused too.
         assert ("weights.method" in caught.value.action) == weights_stay
 
 
 def test_the_calibration_hears_of_the_bits_that_a_budget_may_give(spec: DecoderSpec) -> None:
     recipe = Recipe(kv_cache=KVCacheRecipe(bits=4, budget_bits=3.5))
-    plan = plan_cache(spec, recipe.kv_cache)
+    plan = request_cache(spec, recipe.kv_cache)
     assert plan is not None
     assert calibration_settings(plan, recipe).allowed_bits == (3, 4, 8)
