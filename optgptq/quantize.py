@@ -64,8 +64,8 @@ def quantize(
     """Quantize the model in folder `model` by `recipe` into folder `output`, which appears complete or not at all.
 
     What is finished is kept in a hidden folder beside `output`; after an interruption or a failure the same call goes
-    on from there, to the same bytes. Gates are judged, and a run record is written, when the result is safe; a gate that
-    was missed is told in the result and raises nothing here.
+    on from there, to the same bytes. Gates are judged, and a run record is written, when the result is safe; a missed
+    gate is told in the result and raises nothing here.
 
     Raises:
         OptGPTQError: one of its kinds for everything that is the user's, the machine's or the model's fault.
