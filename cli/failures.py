@@ -112,6 +112,15 @@ def _system_failure(error: OSError) -> Failure | None:
             found=_first_line(error),
             action="Free disk space, or write to another disk.",
         )
+    if error.errno == errno.EIO:
+        return Failure(
+            exit_code=ExitCode.INPUT,
+            kind="OutputError",
+            where=where,
+            expected="a disk that reads and writes",
+            found=_first_line(error),
+            action="Check the disk and its connection, then run the same command again.",
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return Failure(
             exit_code=ExitCode.INPUT,

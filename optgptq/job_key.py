@@ -107,9 +107,15 @@ def begin_or_go_on(
         str(journal.path),
         expected="the job that was interrupted there, or none",
         found=f"another one: {'; '.join(found[:_DIFFERENCES_TOLD])}{more}",
-        action="Run the old command again to go on with it, pass --restart to drop its "
-        f"{kept} finished decoder layers, or choose another output folder.",
+        action=f"Run the old command again to go on with it, pass --restart to drop {_layers(kept)}, or choose another "
+        "output folder.",
     )
+
+
+def _layers(count: int) -> str:
+    if count == 0:
+        return "what it has kept"
+    return "its finished decoder layer" if count == 1 else f"its {count} finished decoder layers"
 
 
 def differences(older: object, newer: object, place: str = "") -> Iterator[str]:

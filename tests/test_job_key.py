@@ -50,7 +50,7 @@ def test_at_most_five_differences_are_told(tmp_path: Path) -> None:
         journal.put("layer-00000", {}, {})
         with pytest.raises(OutputError, match=r"values\.4 was 4, is 5; and 3 more") as caught:
             begin_or_go_on(journal, {"values": list(range(1, 9))}, files, **settings)
-        assert "pass --restart to drop its 1 finished decoder layers" in caught.value.action
+        assert "pass --restart to drop its finished decoder layer" in caught.value.action
         begin_or_go_on(journal, {"values": []}, files, **{**settings, "is_done": True})
         assert journal.is_empty
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -66,7 +67,9 @@ def write_junit(path: Path, document: bytes) -> None:
         partial.replace(path)
         force_to_disk(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        # The next one writes over what cannot be removed.
+        with suppress(OSError):
+            partial.unlink()
         raise disk_error(path, error) from error
 
 

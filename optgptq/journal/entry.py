@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ def write_entry(path: Path, entry: Entry) -> None:
                 stream.write(_bytes(tensor))
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        # The next one writes over what cannot be removed.
+        with suppress(OSError):
+            partial.unlink()
         raise disk_error(path, error) from error
 
 

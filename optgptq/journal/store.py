@@ -99,10 +99,13 @@ class Journal:
         self._unsynced.add(path)
 
     def forget(self, name: str) -> None:
-        """Drop a step, if it is there."""
+        """Drop a step, if it is there; OutputError where it cannot be removed."""
         path = self._file(name)
         self._unsynced.discard(path)
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(path, error) from error
 
     def sync(self) -> None:
         try:

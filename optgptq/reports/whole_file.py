@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from optgptq.checkpoint.disk import disk_error, force_to_disk
@@ -28,7 +29,9 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         raise disk_error(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        # The next one writes over what cannot be removed.
+        with suppress(OSError):
+            partial.unlink()
 
 
 def require_outside(path: Path, checkpoint: Path) -> None:

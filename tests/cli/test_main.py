@@ -82,6 +82,7 @@ def test_with_json_the_error_is_one_object_on_one_line(failing, capsys):
         (OSError(errno.ENOSPC, "No space left on device", "/some/file"), 5, "/some/file"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "quota"),
         (PermissionError(errno.EACCES, "Permission denied", "/some/file"), 3, "Permission denied"),
+        (OSError(errno.EIO, "Input/output error", "/some/file"), 3, "Input/output error"),
         (KeyboardInterrupt(), 75, "a request to stop"),
     ],
 )

@@ -59,7 +59,11 @@ class WatchedDisk:
             error = self._error(operation.change, number)
             if error is not None:
                 raise OSError(error, os.strerror(error), operation.path, None, operation.other or None)
-            result = perform()
+            try:
+                result = perform()
+            except OSError:
+                self._count -= 1  # it has changed nothing, and is not in the log
+                raise
             self.log.append(operation)
         if number == self._at and self._fault in _SIGNALS:
             os.kill(os.getpid(), _SIGNALS[self._fault])
