@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from typing import Any
 
     from optgptq.group_heads import GroupResult
+
+
+class StreamPlace(StrEnum):
+    """Where activations of the calibration text are kept."""
+
+    MEMORY = "memory"
+    DISK = "disk"
 
 
 def group(  # noqa: PLR0913 - the parameters of a command are its options
@@ -46,6 +54,9 @@ def group(  # noqa: PLR0913 - the parameters of a command are its options
     ] = None,
     revision: RevisionOption = None,
     device: DeviceOption = "cpu",
+    activations: Annotated[
+        StreamPlace, typer.Option("--activations", help="Where activations are kept.")
+    ] = StreamPlace.MEMORY,
     overwrite: OverwriteOption = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Drop what an interrupted job has kept for this output, and begin anew.")
@@ -66,7 +77,14 @@ def group(  # noqa: PLR0913 - the parameters of a command are its options
     folder = resolve_model(model, revision)
     with job_display(quiet=quiet) as listener:
         result = group_model(
-            folder, loaded_recipe, output, overwrite=overwrite, restart=restart, progress=listener, device=device
+            folder,
+            loaded_recipe,
+            output,
+            overwrite=overwrite,
+            restart=restart,
+            progress=listener,
+            device=device,
+            activations="disk" if activations == StreamPlace.DISK else "memory",
         )
     if as_json:
         write_json(

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from optgptq.calibration.states import ActivationPlace
 from optgptq.calibration.stream import ActivationStream, embed
 from optgptq.checkpoint.source import TensorSource
 from optgptq.data.windows import Windows
@@ -35,8 +36,7 @@ def scales_to_fold(
     windows: Windows,
     *,
     steps: Steps,
-    dtype: torch.dtype,
-    device: torch.device,
+    place: ActivationPlace,
     progress: ProgressListener,
 ) -> tuple[KVScales, ...]:
     """Return the scales of each decoder layer; None for sides that are exact or have groups along tokens.
@@ -48,6 +48,7 @@ def scales_to_fold(
         NumericalError: activations are not finite.
         CapacityError, OutputError: a step cannot be written.
     """
+    dtype, device = place.dtype, place.device
     known = [steps.get(_name(index)) for index in range(spec.num_layers)]
     found = [None if entry is None else KVScales(**entry.tensors) for entry in known]
     if None in found:
@@ -56,6 +57,7 @@ def scales_to_fold(
             load_embedding(source, spec, dtype=dtype, device=device),
             attention_context(spec, windows.window_size, dtype=dtype, device=device),
             windows_per_batch=None,
+            store=place.store,
         )
         for index, scheme in enumerate(settings.schemes):
             progress(events.PhaseStarted(name="scales to fold", detail=f"decoder layer {index + 1}/{spec.num_layers}"))

@@ -12,6 +12,7 @@ import torch
 
 from optgptq.cache_fold import scales_to_fold
 from optgptq.cache_request import CacheRequest
+from optgptq.calibration.states import ActivationPlace
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.source import TensorSource
 from optgptq.data.windows import Windows
@@ -42,7 +43,7 @@ class CacheJob:
     Attributes:
         plan, recipe: what was decided.
         spec: the model as it was written.
-        dtype, device: of the computation.
+        place: where activations are computed and kept.
         progress: hears of every decoder layer, and of what was found.
         steps: keeps what was found, layer by layer.
         folded: channel scales that were moved into the weights, by decoder layer; empty for none.
@@ -51,8 +52,7 @@ class CacheJob:
     plan: CacheRequest
     recipe: Recipe
     spec: DecoderSpec
-    dtype: torch.dtype
-    device: torch.device
+    place: ActivationPlace
     progress: ProgressListener
     steps: Steps
     folded: tuple[KVScales, ...] = ()
@@ -65,8 +65,7 @@ class CacheJob:
             calibration_settings(self.plan, self.recipe),
             self._read(windows),
             steps=self.steps.scope("fold"),
-            dtype=self.dtype,
-            device=self.device,
+            place=self.place,
             progress=self.progress,
         )
 
@@ -108,9 +107,10 @@ class CacheJob:
         model = StreamedModel(
             source=written,
             spec=self.spec,
-            layer_of=decoded_layers(written, dtype=self.dtype, device=self.device),
-            dtype=self.dtype,
-            device=self.device,
+            layer_of=decoded_layers(written, dtype=self.place.dtype, device=self.place.device),
+            dtype=self.place.dtype,
+            device=self.place.device,
+            store=self.place.store,
         )
         return calibrate_cache(
             model,

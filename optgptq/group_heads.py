@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 import optgptq
+from optgptq.calibration.disk_states import Activations, open_store
+from optgptq.calibration.states import ActivationPlace
 from optgptq.calibration_text import calibration_windows
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.lock import work_folder
@@ -24,6 +26,7 @@ from optgptq.gqa.job import group_into, grouping_warnings
 from optgptq.gqa.plan import GroupingPlan, plan_grouping
 from optgptq.gqa.source import grouped_source
 from optgptq.job_key import SourceFiles, begin_or_go_on, describe_source, job_key, require_unchanged, without_marks
+from optgptq.job_options import JobOptions
 from optgptq.job_source import source_cache_warnings
 from optgptq.journal.store import Journal, open_journal
 from optgptq.memory import peak_memory_bytes
@@ -76,10 +79,12 @@ def group_model(
     restart: bool = False,
     progress: ProgressListener = ignore_progress,
     device: str = "cpu",
+    activations: Activations = "memory",
 ) -> GroupResult:
     """Merge key/value heads of the dense model in folder `model`, as the recipe's sections `gqa` and `calibration` say.
 
-    What is finished is kept beside `output`, and the same call goes on from there; `restart` drops it.
+    What is finished is kept beside `output`, and the same call goes on from there; `restart` drops it. Between two
+    stages, activations are in memory or in a file beside `output`, as `activations` says.
 
     Raises:
         OptGPTQError: one of its kinds for everything that is the user's, the machine's or the model's fault.
@@ -94,7 +99,8 @@ def group_model(
         source = CheckpointFolder.open(model)
         plan = _plan(source, recipe)
         warnings = [*grouping_warnings(plan, recipe), *source_cache_warnings(source)]
-        converted = _convert(source, plan, recipe, journal, warnings, progress=progress, device=device, restart=restart)
+        options = JobOptions(restart=restart, activations=activations)
+        converted = _convert(source, plan, recipe, journal, warnings, progress=progress, device=device, options=options)
         for warning in warnings:
             progress(events.WarningRaised(message=warning))
         with open_staging(where, overwrite=overwrite) as staging:
@@ -154,7 +160,7 @@ def _convert(
     *,
     progress: ProgressListener,
     device: str,
-    restart: bool,
+    options: JobOptions,
 ) -> _Converted:
     where = require_device(device)
     stored_dtype = source.info(plan.entries[0].name).torch_dtype
@@ -170,7 +176,7 @@ def _convert(
         key = job_key(files, recipe, tokens_sha256=tokens_sha256, device=where, dtype=dtype)
         asked = {"recipe": {name: key["recipe"][name] for name in ("gqa", "calibration")}, "job": "gqa"}
         begin_or_go_on(
-            journal, {**key, **asked}, files, num_layers=plan.spec.num_layers, restart=restart, is_done=False
+            journal, {**key, **asked}, files, num_layers=plan.spec.num_layers, restart=options.restart, is_done=False
         )
 
     if writes_text:
@@ -183,7 +189,9 @@ def _convert(
     if not writes_text:
         begin(windows.sha256)
     warnings += told
-    grouped = group_into(source, plan, recipe, windows, steps=journal, dtype=dtype, device=where, progress=progress)
+    with open_store(options.activations, journal.path) as store:
+        place = ActivationPlace(dtype=dtype, device=where, store=store)
+        grouped = group_into(source, plan, recipe, windows, steps=journal, place=place, progress=progress)
     return _Converted(grouped=grouped, windows=windows, files=files)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 import optgptq
 from optgptq.cache_job import CacheJob
 from optgptq.cache_request import CacheRequest, check_num_windows, check_windows, most_parameter_bytes, request_cache
+from optgptq.calibration.disk_states import open_store
 from optgptq.calibration.start import check_norm_tweaking, num_held_out
+from optgptq.calibration.states import ActivationPlace
 from optgptq.calibration_text import calibration_windows
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.publish import require_disk_space
@@ -76,6 +79,9 @@ class Job:
         if self.cache_plan is not None and recipe.kv_cache.calibrated:
             check_num_windows(recipe.calibration.num_windows, recipe.kv_cache.num_windows)
         check_norm_tweaking(self.source.spec, recipe)
+        if not self.keeps_weights:
+            # Before a text is read, or written by the model: it has no more windows than that.
+            num_held_out(recipe, recipe.calibration.num_windows)
         self.plans = plan_linears(self.source.spec, recipe, self.form)
         self.layouts = [*(plan.layout for plan in self.plans), *outer_layouts(self.source.spec)]
         weight_dtype = self.source.tensors.info(f"{self.plans[0].info.name}.weight").torch_dtype
@@ -127,12 +133,11 @@ class Job:
         if windows is None:
             return
         self._tell_kept()
-        self.source.group_heads(
-            windows, steps=self.journal, dtype=self.dtype, device=self.device, progress=self.progress
-        )
-        if self.cache_plan is not None and self.recipe.kv_cache.fold:
-            self.folded = self._cache_job(self.cache_plan).scales_to_fold(self.source.tensors, windows)
-            self.source.fold(self.folded)
+        with self._place() as place:
+            self.source.group_heads(windows, steps=self.journal, place=place, progress=self.progress)
+            if self.cache_plan is not None and self.recipe.kv_cache.fold:
+                self.folded = self._cache_job(self.cache_plan, place).scales_to_fold(self.source.tensors, windows)
+                self.source.fold(self.folded)
         if not self.keeps_weights:
             self.weights = self._weight_job()
             self.weights.solve(windows)
@@ -163,7 +168,8 @@ class Job:
             self._say_verifying()
             verify_solved(folder, written, self.layouts, self.record, fp8=self.weights.fp8)
         if self.cache_plan is not None:
-            self.cache_record = self._cache_job(self.cache_plan).run(folder, self.windows)
+            with self._place() as place:
+                self.cache_record = self._cache_job(self.cache_plan, place).run(folder, self.windows)
             if self.cache_record["calibration"].get("is_plain"):
                 self._warn("kv cache: rounded to the nearest, since calibration lost more on held-out windows")
         for warning in machine_warnings(self.sessions.sessions()):
@@ -324,13 +330,17 @@ class Job:
     def _say_verifying(self) -> None:
         self.progress(events.PhaseStarted(name="verifying", detail="reading back every tensor"))
 
-    def _cache_job(self, plan: CacheRequest) -> CacheJob:
+    @contextmanager
+    def _place(self) -> Iterator[ActivationPlace]:
+        with open_store(self.options.activations, self.journal.path) as store:
+            yield ActivationPlace(dtype=self.dtype, device=self.device, store=store)
+
+    def _cache_job(self, plan: CacheRequest, place: ActivationPlace) -> CacheJob:
         return CacheJob(
             plan=plan,
             recipe=self.recipe,
             spec=self.source.spec,
-            dtype=self.dtype,
-            device=self.device,
+            place=place,
             progress=self.progress,
             steps=self.journal,
             folded=self.folded,

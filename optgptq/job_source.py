@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 
+from optgptq.calibration.states import ActivationPlace
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.source import TensorSource
 from optgptq.data.windows import Windows
@@ -88,7 +89,7 @@ class JobSource:
         )
 
     def group_heads(
-        self, windows: Windows, steps: Steps, *, dtype: torch.dtype, device: torch.device, progress: ProgressListener
+        self, windows: Windows, steps: Steps, *, place: ActivationPlace, progress: ProgressListener
     ) -> None:
         """Merge heads where the recipe asks for it, their new tensors kept in `steps`; same errors as `group_into`."""
         if self.grouping is None:
@@ -99,8 +100,7 @@ class JobSource:
             self.recipe,
             windows,
             steps=steps,
-            dtype=dtype,
-            device=device,
+            place=place,
             progress=progress,
         )
         self._transform()

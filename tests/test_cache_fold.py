@@ -14,9 +14,11 @@ from support.tiny_models import random_tokens
 
 from optgptq import cache_fold
 from optgptq.cache_fold import scales_to_fold
+from optgptq.calibration.disk_states import DiskStore
+from optgptq.calibration.states import ActivationPlace, ActivationStore, MemoryStore
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.data.windows import windows_from_tokens
-from optgptq.journal.store import Journal, Steps
+from optgptq.journal.store import Journal, NothingKept, Steps
 from optgptq.kv_cache.scheme import LayerScheme, SideScheme
 from optgptq.models.registry import model_spec
 from optgptq.reports.events import ignore_progress
@@ -26,7 +28,7 @@ WINDOWS = windows_from_tokens(random_tokens(4, 24, vocab_size=258))
 Scales = tuple[KVScales, ...]
 
 
-def folded(folder: CheckpointFolder, steps: Steps, **values: Any) -> Scales:
+def folded(folder: CheckpointFolder, steps: Steps, store: ActivationStore | None = None, **values: Any) -> Scales:
     spec = model_spec(folder)
     return scales_to_fold(
         folder,
@@ -34,8 +36,7 @@ def folded(folder: CheckpointFolder, steps: Steps, **values: Any) -> Scales:
         cache_settings(spec, **values),
         WINDOWS,
         steps=steps,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        place=ActivationPlace(dtype=torch.float32, device=torch.device("cpu"), store=store or MemoryStore()),
         progress=ignore_progress,
     )
 
@@ -46,6 +47,14 @@ def require_same(found: Scales, expected: Scales) -> None:
         for name, part in right.tensors.items():
             assert part.dtype == torch.float64
             assert torch.equal(left.tensors[name], part)
+
+
+def test_activations_on_disk_give_the_same_scales(tmp_path: Path) -> None:
+    folder = CheckpointFolder.open(write_model(wide_llama(num_hidden_layers=3), tmp_path / "model"))
+    expected = folded(folder, NothingKept())
+    with DiskStore(tmp_path) as store:
+        require_same(folded(folder, NothingKept(), store), expected)
+        assert store.most_bytes > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-norms"])

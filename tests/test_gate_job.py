@@ -16,6 +16,7 @@ from optgptq.bundled import bundled_path
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import CapacityError, GateError, InputError, Interrupted, RecipeError, TextError, UsageError
 from optgptq.evaluation import sample as sample_module
+from optgptq.evaluation.gate_checks import check_text
 from optgptq.gate_job import GateReport, check_gates, run_gates
 from optgptq.recipe.loading import load_recipe
 from optgptq.recipe.records import Recipe
@@ -93,6 +94,14 @@ def test_all_kinds_of_gates_are_judged_and_a_sample_is_written(output: Path) -> 
         report.require_passed()
     assert caught.value.where == "quality gate gates.min_tokens_per_linear"
     assert "(missed by 1)" in caught.value.found
+
+
+def test_fewer_tokens_than_a_window_of_the_model_are_named_as_the_recipe_has_them() -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_text(recipe_of(TEXT[0], "gates.max_tokens=100").gates, STORY)
+    assert caught.value.where == "gates.max_tokens"
+    assert caught.value.expected == "at least one window, 1024 tokens (gates.window_size is not set)"
+    assert "gates.window_size" in caught.value.action
 
 
 def test_a_text_alone_is_evaluated_for_the_record(output: Path) -> None:

@@ -11,15 +11,18 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from support.quantizable import tiny_model, wide_llama, write_model
+from support.stops import folder_bytes
 from support.texts import shared_path
 from support.tiny_models import TinyModel, random_tokens
 
+from optgptq.calibration.disk_states import Activations, DiskStore
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.manifest import MANIFEST_FILE
 from optgptq.errors import GateError, ModelError, RecipeError
 from optgptq.evaluation.run import EvaluationSettings, TextSource, evaluate_folders
 from optgptq.formats.verify import verify_folder
 from optgptq.group_heads import GroupResult, group_model
+from optgptq.job_options import JobOptions
 from optgptq.models.decoder import load_decoder
 from optgptq.models.registry import model_spec
 from optgptq.quantize import quantize
@@ -170,3 +173,24 @@ def test_trained_models_stay_close(name: str, tmp_path: Path) -> None:
     record = group_model(source, recipe, tmp_path / "out").record
     assert record["num_kv_heads_before"] == 2 * record["num_kv_heads_after"]
     assert 1 < record["perplexity_after"] / record["perplexity_before"] < 2.5
+
+
+@pytest.mark.parametrize("command", ["gqa", "quantize"])
+def test_activations_on_disk_write_the_same_bytes(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_model(wide_llama(num_key_value_heads=4, head_dim=16), tmp_path / "model")
+    cache = ("kv_cache.key_bits=4", "kv_cache.value_bits=4", "kv_cache.fold=true")
+    recipe = small_recipe("weights.group_size=-1", *(cache if command == "quantize" else ()))
+    stores: list[DiskStore] = []
+    monkeypatch.setattr(DiskStore, "close", lambda store, close=DiskStore.close: (stores.append(store), close(store)))
+    places: tuple[Activations, ...] = ("memory", "disk")
+    for place in places:
+        if command == "gqa":
+            group_model(source, recipe, tmp_path / place, activations=place)
+        else:
+            quantize(source, recipe, tmp_path / place, options=JobOptions(activations=place))
+    # Heads and scales, the weights, the cache.
+    assert len(stores) == (1 if command == "gqa" else 3)
+    assert all(store.most_bytes for store in stores)
+    assert folder_bytes(tmp_path / "disk") == folder_bytes(tmp_path / "memory")

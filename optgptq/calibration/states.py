@@ -7,7 +7,7 @@ Shapes: `B` windows of a batch, `S` positions, `M` model width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -83,3 +83,12 @@ class MemoryStore:
         """Return `state` kept."""
         del before
         return StateInMemory(state)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ActivationPlace:
+    """Where activations are computed, in which dtype, and what keeps them in between."""
+
+    dtype: torch.dtype
+    device: torch.device
+    store: ActivationStore = field(default_factory=MemoryStore)

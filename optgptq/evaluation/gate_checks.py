@@ -10,7 +10,7 @@ from optgptq.data.corpora import TextSource, load_documents
 from optgptq.data.evaluation import evaluation_windows
 from optgptq.data.tokenizer import load_tokenizer
 from optgptq.data.windows import resolve_window_size
-from optgptq.errors import CapacityError, UsageError
+from optgptq.errors import CapacityError, RecipeError, UsageError
 from optgptq.evaluation.decoding import CacheOptions
 from optgptq.evaluation.run import EvaluationSettings
 from optgptq.models.registry import model_spec
@@ -70,11 +70,25 @@ def check_text(gates: GatesRecipe, source: Path) -> None:
     if gates.text is None:
         return
     settings = evaluation_settings(gates)
+    window_size = resolve_window_size(settings.window_size, model_spec(CheckpointFolder.open(source)).max_position)
+    _require_a_window(gates, window_size)
     evaluation_windows(
         load_documents(settings.source, render_chat=tokenizer.render_chat),
         tokenizer,
-        window_size=resolve_window_size(settings.window_size, model_spec(CheckpointFolder.open(source)).max_position),
+        window_size=window_size,
         max_tokens=settings.max_tokens,
+    )
+
+
+def _require_a_window(gates: GatesRecipe, window_size: int) -> None:
+    # Where the recipe names both numbers it has compared them itself.
+    if gates.max_tokens is None or gates.max_tokens >= window_size:
+        return
+    raise RecipeError(
+        "gates.max_tokens",
+        expected=f"at least one window, {window_size} tokens (gates.window_size is not set)",
+        found=str(gates.max_tokens),
+        action="Set gates.max_tokens to a larger number, or gates.window_size to a smaller one.",
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from optgptq.calibration.states import ActivationPlace, ActivationStore
 from optgptq.calibration.stream import ActivationStream, embed
 from optgptq.checkpoint.source import TensorSource
 from optgptq.data.windows import Windows
@@ -88,8 +89,7 @@ def group_heads(
     texts: Texts,
     *,
     steps: Steps,
-    dtype: torch.dtype,
-    device: torch.device,
+    place: ActivationPlace,
     layer_started: Callable[[int], None],
 ) -> GroupedModel:
     """Convert the model and keep its new tensors in `steps`, or go on where these end.
@@ -101,6 +101,7 @@ def group_heads(
         CapacityError, OutputError: a step cannot be written.
     """
     held_out = num_held_out(recipe, texts.calibration.num_windows)
+    dtype, device = place.dtype, place.device
     kept = KeptHeads.of(plan, steps)
     known = steps.get(_FIGURES)
     evaluated = None if texts.evaluation is None else texts.evaluation.sha256
@@ -108,8 +109,10 @@ def group_heads(
         record = dict(known.facts["record"])
     else:
         embedding = load_embedding(source, plan.spec, dtype=dtype, device=device)
-        streams = _streams(texts.calibration, embedding, recipe, held_out=held_out)
-        scored = None if texts.evaluation is None else _streams(texts.evaluation, embedding, recipe, held_out=0)
+        streams = _streams(texts.calibration, embedding, recipe, held_out=held_out, store=place.store)
+        scored = None
+        if texts.evaluation is not None:
+            scored = _streams(texts.evaluation, embedding, recipe, held_out=0, store=place.store)
         layers = []
         for index in range(plan.spec.num_layers):
             layer_started(index)
@@ -143,12 +146,14 @@ def _through(
     return converted.record
 
 
-def _streams(windows: Windows, embedding: Embedding, recipe: Recipe, *, held_out: int) -> Streams:
+def _streams(
+    windows: Windows, embedding: Embedding, recipe: Recipe, *, held_out: int, store: ActivationStore
+) -> Streams:
     device, dtype = embedding.tokens_VE.device, embedding.tokens_VE.dtype
     context = attention_context(embedding.spec, windows.window_size, dtype=dtype, device=device)
     size = recipe.calibration.windows_per_batch
     first, second = (
-        embed(windows, embedding, context, windows_per_batch=size, num_held_out=held_out) for _ in range(2)
+        embed(windows, embedding, context, windows_per_batch=size, num_held_out=held_out, store=store) for _ in range(2)
     )
     return first, second
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from optgptq.calibration.states import ActivationPlace
 from optgptq.checkpoint.source import TensorSource
 from optgptq.data.corpora import TextSource, load_documents, source_warnings
 from optgptq.data.evaluation import evaluation_windows
@@ -32,8 +31,7 @@ def group_into(
     windows: Windows,
     *,
     steps: Steps,
-    dtype: torch.dtype,
-    device: torch.device,
+    place: ActivationPlace,
     progress: ProgressListener,
 ) -> GroupedModel:
     """Return the converted model, whose new tensors are read from `steps`, which must keep what is put there.
@@ -57,8 +55,7 @@ def group_into(
         recipe,
         texts,
         steps=steps.scope(_SCOPE),
-        dtype=dtype,
-        device=device,
+        place=place,
         layer_started=tell,
     )
     progress(_event(model.record))

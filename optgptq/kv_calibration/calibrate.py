@@ -6,11 +6,12 @@ Shapes: `W` windows, `S` positions, `M` model width, `T` tokens, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from optgptq.calibration.states import ActivationStore, MemoryStore
 from optgptq.calibration.stream import ActivationStream, embed
 from optgptq.checkpoint.source import TensorSource
 from optgptq.data.windows import Windows
@@ -21,7 +22,7 @@ from optgptq.kv_cache.setup import LayerParameters, SideParameters
 from optgptq.kv_calibration.allocation import allocate_bits
 from optgptq.kv_calibration.attend import LayerQuantizer
 from optgptq.kv_calibration.candidates import PLAIN
-from optgptq.kv_calibration.chains import Chains, LayerOf, copied
+from optgptq.kv_calibration.chains import Chains, LayerOf, copied, hidden_of
 from optgptq.kv_calibration.divergence import mean_divergence
 from optgptq.kv_calibration.refine import refine_layer
 from optgptq.kv_calibration.search import search_layer
@@ -49,6 +50,7 @@ class StreamedModel:
         layer_of: reads decoder layer `index`, with the weights that the cache will run beside.
         dtype: of activations.
         device: where it runs.
+        store: keeps activations between two decoder layers.
     """
 
     source: TensorSource
@@ -56,6 +58,7 @@ class StreamedModel:
     layer_of: LayerOf
     dtype: torch.dtype
     device: torch.device
+    store: ActivationStore = field(default_factory=MemoryStore)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -132,7 +135,7 @@ def _start(model: StreamedModel, settings: CacheCalibrationSettings, windows: Wi
     held_out = min(max(round(windows.num_windows * settings.held_out_share), 1), windows.num_windows - 1)
     context = attention_context(model.spec, windows.window_size, dtype=model.dtype, device=model.device)
     embedding = load_embedding(model.source, model.spec, dtype=model.dtype, device=model.device)
-    return embed(windows, embedding, context, windows_per_batch=None, num_held_out=held_out)
+    return embed(windows, embedding, context, windows_per_batch=None, num_held_out=held_out, store=model.store)
 
 
 def _name(index: int) -> str:
@@ -177,8 +180,10 @@ def _walk(
         found.append(layer)
     head = load_head(model.source, model.spec, dtype=model.dtype, device=model.device)
     calibrated, rounded = (
-        mean_divergence(head, chains.ahead[0], hidden, [batch.valid_BS for batch in chains.held_out])
-        for hidden in ([batch.state.hidden_BSM for batch in chains.held_out], chains.plain)
+        mean_divergence(
+            head, hidden_of(chains.ahead[0]), hidden_of(kept), [batch.valid_BS for batch in chains.held_out]
+        )
+        for kept in ([batch.kept for batch in chains.held_out], chains.plain)
     )
     divergence = {"calibrated": calibrated, "plain": rounded}
     steps.put(_DIVERGENCE, {}, divergence)

@@ -9,15 +9,17 @@ Shapes: `B` windows of a batch, `S` positions, `M` model width.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from optgptq.calibration.states import KeptState
 from optgptq.calibration.stream import ActivationStream, Batch
 from optgptq.kv_cache.scheme import PastRule
 from optgptq.kv_calibration.attend import LayerQuantizer
 from optgptq.kv_calibration.score import NUM_FOLLOWING, BlockScore, ScoredBatch, quantized_context
+from optgptq.models.attention import AttentionContext
 from optgptq.models.layer import DecoderLayer, LayerState
 
 LayerOf = Callable[[int], DecoderLayer]
@@ -34,8 +36,8 @@ class Chains:
         past: which keys are exact.
         index: the layer that comes next.
         layers: that one and the following ones, as far as they are read.
-        ahead: hidden states of the held-out windows in the full-precision model: before layer `index`, behind it, and
-            so on, one list of batches each.
+        ahead: kept hidden states of the held-out windows in the full-precision model: before layer `index`, behind it,
+            and so on, one list of batches each.
         plain: of the same windows with plain rounding.
     """
 
@@ -45,14 +47,14 @@ class Chains:
     past: PastRule
     index: int = 0
     layers: deque[DecoderLayer] = field(default_factory=deque)
-    ahead: deque[list[torch.Tensor]] = field(default_factory=deque)
-    plain: list[torch.Tensor] = field(default_factory=list)
+    ahead: deque[list[KeptState]] = field(default_factory=deque)
+    plain: list[KeptState] = field(default_factory=list)
 
     @classmethod
     def start(cls, stream: ActivationStream, layer_of: LayerOf, *, num_layers: int, past: PastRule) -> Chains:
         """Return the chains before the first decoder layer."""
         chains = cls(stream=stream, layer_of=layer_of, num_layers=num_layers, past=past)
-        chains.plain = [batch.state.hidden_BSM for batch in chains.held_out]
+        chains.plain = [batch.kept for batch in chains.held_out]
         chains.ahead.append(list(chains.plain))
         return chains
 
@@ -72,9 +74,9 @@ class Chains:
         self._read(count)
         while len(self.ahead) <= count:
             layer = self.layers[len(self.ahead) - 1]
-            self.ahead.append([layer.forward(hidden, self.stream.context) for hidden in self.ahead[-1]])
+            self.ahead.append(self._through(layer, self.ahead[-1], self.stream.context))
         batches = [
-            ScoredBatch(hidden_BSM=batch.state.hidden_BSM, valid_BS=batch.valid_BS, near_BSM=near, far_BSM=far)
+            ScoredBatch(hidden=batch.kept, valid_BS=batch.valid_BS, near=near, far=far)
             for batch, near, far in zip(self.held_out, self.ahead[1], self.ahead[count], strict=True)
         ]
         return BlockScore(
@@ -87,17 +89,26 @@ class Chains:
         chosen = quantized_context(context, {layer.index: quantizer}, self.past)
         rounded = quantized_context(context, {layer.index: plain}, self.past)
         if len(self.ahead) == 1:
-            self.ahead.append([layer.forward(hidden, context) for hidden in self.ahead[0]])
+            self.ahead.append(self._through(layer, self.ahead[0], context))
         for batch in self.stream.batches:
             batch.state = LayerState(hidden_BSM=layer.forward(batch.state.hidden_BSM, chosen))
-        self.plain = [layer.forward(hidden, rounded) for hidden in self.plain]
+        self.plain = self._through(layer, self.plain, rounded)
         self.ahead.popleft()
         self.layers.popleft()
         self.index += 1
 
+    def _through(self, layer: DecoderLayer, kept: Sequence[KeptState], context: AttentionContext) -> list[KeptState]:
+        store = self.stream.batches[0].store
+        return [store.keep(LayerState(hidden_BSM=layer.forward(hidden_BSM, context))) for hidden_BSM in hidden_of(kept)]
+
     def _read(self, count: int) -> None:
         while len(self.layers) < count:
             self.layers.append(self.layer_of(self.index + len(self.layers)))
+
+
+def hidden_of(kept: Sequence[KeptState]) -> Iterator[torch.Tensor]:
+    """Yield hidden states `[B, S, M]`, each read when its turn comes."""
+    return (each.read().hidden_BSM for each in kept)
 
 
 def copied(stream: ActivationStream) -> ActivationStream:

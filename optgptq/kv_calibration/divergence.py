@@ -5,7 +5,7 @@ Shapes: `B` windows of a batch, `S` positions, `T` tokens, `M` model width, `V` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -17,8 +17,8 @@ _LOGITS_PER_CHUNK = 1 << 22
 
 def mean_divergence(
     head: Head,
-    expected: Sequence[torch.Tensor],
-    found: Sequence[torch.Tensor],
+    expected: Iterable[torch.Tensor],
+    found: Iterable[torch.Tensor],
     valid: Sequence[torch.Tensor | None],
 ) -> float:
     """Return the mean of `KL(expected || found)` in nats over the tokens of hidden states `[B, S, M]`."""

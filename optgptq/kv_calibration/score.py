@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from optgptq.calibration.states import KeptState
 from optgptq.kv_cache.scheme import PastRule
 from optgptq.kv_calibration.attend import CacheAttend, LayerQuantizer
 from optgptq.models.attention import AttentionContext
-from optgptq.models.layer import DecoderLayer, LayerState
+from optgptq.models.layer import DecoderLayer
 
 # Layers behind the one that is judged, as in the paper.
 NUM_FOLLOWING = 5
@@ -29,15 +30,15 @@ class ScoredBatch:
     """Windows that choose among candidates.
 
     Attributes:
-        hidden_BSM: before the layer, in the chain that is quantized so far.
+        hidden: hidden states before the layer, in the chain that is quantized so far.
         valid_BS: False at padding; None where there is none.
-        near_BSM, far_BSM: behind the layer and behind the last following one, in the full-precision model.
+        near, far: behind the layer and behind the last following one, in the full-precision model.
     """
 
-    hidden_BSM: torch.Tensor
+    hidden: KeptState
     valid_BS: torch.Tensor | None
-    near_BSM: torch.Tensor
-    far_BSM: torch.Tensor
+    near: KeptState
+    far: KeptState
 
 
 @dataclass(slots=True)
@@ -82,11 +83,11 @@ class BlockScore:
         near, far = MeanRatio(), MeanRatio()
         quantized = quantized_context(self.context, {self.layers[0].index: quantizer}, self.past)
         for batch in self.batches:
-            hidden_BSM = self.layers[0].forward(batch.hidden_BSM, quantized)
-            near.add(hidden_BSM, batch.near_BSM, batch.valid_BS)
+            hidden_BSM = self.layers[0].forward(batch.hidden.read().hidden_BSM, quantized)
+            near.add(hidden_BSM, batch.near.read().hidden_BSM, batch.valid_BS)
             for layer in self.layers[1:]:
                 hidden_BSM = layer.forward(hidden_BSM, self.context)
-            far.add(hidden_BSM, batch.far_BSM, batch.valid_BS)
+            far.add(hidden_BSM, batch.far.read().hidden_BSM, batch.valid_BS)
         return near.value + far.value
 
     def attention_errors(self, quantizers: Sequence[LayerQuantizer]) -> list[float]:
@@ -95,7 +96,7 @@ class BlockScore:
         (name,) = layer.spec.stage("o").linears
         project, ratios = layer.linears[name], [MeanRatio() for _ in quantizers]
         for batch in self.batches:
-            inputs_BSM = layer.stage_input("qkv", LayerState(hidden_BSM=batch.hidden_BSM), self.context)
+            inputs_BSM = layer.stage_input("qkv", batch.hidden.read(), self.context)
             heads = layer.project_heads(inputs_BSM, self.context)
             exact_BNSD = self.context.attend(layer.index, *heads, layer.spec)
             exact_BSM = project(exact_BNSD.transpose(1, 2).flatten(2))

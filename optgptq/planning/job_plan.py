@@ -193,13 +193,17 @@ def _timed(name: str, memory: PhaseMemory, times: TimeModel) -> Phase:
 
 def _spilled(work: Workload, activations: Activations) -> int:
     """Return the activations that may lie on disk: those kept for a job that goes on, and those that are worked on."""
-    if work.keeps_weights:
-        return 0
     spec, itemsize = work.spec, work.dtype.itemsize
-    tokens = work.num_tokens + work.reference_tokens
+    tokens = 0 if work.keeps_weights else work.num_tokens + work.reference_tokens
     kept = 2 * tokens * spec.hidden_size * itemsize
+    if activations == "memory":
+        return kept
+    if work.source.grouping is not None:
+        tokens = 2 * work.num_tokens
+    elif work.cache_plan is not None and work.recipe.kv_cache.calibrated:
+        tokens = max(tokens, 2 * min(work.recipe.kv_cache.num_windows, work.num_windows) * work.window_size)
     heads = max(spec.num_heads * spec.head_dim, spec.hidden_size)
-    return kept + (tokens * (spec.hidden_size + heads) * itemsize if activations == "disk" else 0)
+    return kept + tokens * (spec.hidden_size + heads) * itemsize
 
 
 def _numbers(shape: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from optgptq.bundled import bundled_path
 from optgptq.calibration.disk_states import Activations
+from optgptq.calibration.stream import TOKENS_PER_BATCH
 from optgptq.models.inventory import model_linears
 from optgptq.models.spec import StageName
 from optgptq.planning.layer_memory import StageMemory, layer_memory
@@ -87,8 +88,10 @@ class MemoryModel:
 
     def heads(self) -> PhaseMemory:
         """Return the phase in which heads are merged, or scales are found to fold: a layer and the streams."""
-        layer = self._layer_parts(layer_memory(self.work, 0, activations="memory"), "o")
-        return self._phase({}, layer | {"second stream": self.work.num_tokens * self.work.spec.hidden_size * 4})
+        work = self.work
+        layer = self._layer_parts(layer_memory(work, 0, activations=self.activations), "o")
+        second = min(work.num_tokens, work.batch_tokens) if self.activations == "disk" else work.num_tokens
+        return self._phase({}, layer | {"second stream": second * work.spec.hidden_size * 4})
 
     def solving(self) -> PhaseMemory:
         """Return the walk over the decoder layers, the widest of them."""
@@ -107,11 +110,13 @@ class MemoryModel:
         """Return the phase in which parameters of a KV cache are found: a layer, its keys and values in float32."""
         work, spec = self.work, self.work.spec
         tokens = min(work.recipe.kv_cache.num_windows, work.num_windows) * work.window_size
-        stage = layer_memory(work, 0, activations="memory")["qkv"]
+        stage = layer_memory(work, 0, activations=self.activations)["qkv"]
+        # On disk but for a batch: before the layer, behind it and behind the last one that is judged.
+        held = 3 * min(tokens, max(TOKENS_PER_BATCH, work.window_size)) if self.activations == "disk" else 2 * tokens
         heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
         parts = {
             "decoder layer": stage.weights,
-            "activations": 2 * tokens * spec.hidden_size * work.dtype.itemsize,
+            "activations": min(held, 2 * tokens) * spec.hidden_size * work.dtype.itemsize,
             "queries, keys and values": 3 * tokens * heads * 4,
         }
         return self._phase({}, parts)

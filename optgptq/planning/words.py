@@ -11,8 +11,8 @@ def require_fit(plan: JobPlan) -> None:
     for shortage in plan.shortages:
         raise CapacityError(
             f"plan: {shortage.what} in phase {shortage.phase}",
-            expected=f"{shortage.needed_bytes / 1e9:,.2f} GB",
-            found=f"{shortage.free_bytes / 1e9:,.2f} GB free",
+            expected=told_bytes(shortage.needed_bytes),
+            found=f"{told_bytes(shortage.free_bytes)} free",
             action=shortage.action,
         )
 
@@ -23,19 +23,24 @@ def essence(plan: JobPlan) -> tuple[str, ...]:
     bits = f", {plan.bits_per_weight:.3f} bits per weight" if plan.bits_per_weight else ""
     on_disk = "; activations on disk" if plan.activations == "disk" else ""
     device = max(phase.device_bytes for phase in plan.phases)
-    on_device = f", {device / 1e9:,.2f} GB on {work.device}" if device else ""
+    on_device = f", {told_bytes(device)} on {work.device}" if device else ""
     lines = [
-        f"about {duration(plan.seconds)}, {peak.cpu_bytes / 1e9:,.2f} GB of memory at most ({peak.name})"
+        f"about {duration(plan.seconds)}, {told_bytes(peak.cpu_bytes)} of memory at most ({peak.name})"
         f"{on_device}{on_disk}",
-        f"an output of {plan.disk.output_bytes / 1e9:,.3f} GB{bits}; at most "
-        f"{plan.disk.peak_bytes / 1e9:,.3f} GB on disk",
+        f"an output of {told_bytes(plan.disk.output_bytes)}{bits}; at most {told_bytes(plan.disk.peak_bytes)} on disk",
     ]
     lines += [
-        f"{shortage.what} will not do in phase {shortage.phase}: {shortage.needed_bytes / 1e9:,.2f} GB needed, "
-        f"{shortage.free_bytes / 1e9:,.2f} GB free"
+        f"{shortage.what} will not do in phase {shortage.phase}: {told_bytes(shortage.needed_bytes)} needed, "
+        f"{told_bytes(shortage.free_bytes)} free"
         for shortage in plan.shortages
     ]
     return tuple(lines)
+
+
+def told_bytes(num_bytes: int) -> str:
+    """Return a size in units of 1000: MB below a GB."""
+    # What rounds to 1,000.00 MB is a GB.
+    return f"{num_bytes / 1e6:,.2f} MB" if num_bytes < 999_995_000 else f"{num_bytes / 1e9:,.2f} GB"
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from support.stopped_steps import fresh_journal, stopped_everywhere
 from support.tiny_models import TINY_MODELS
 from support.transformed import saved
 
+from optgptq.calibration.disk_states import DiskStore
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import OutputError
 from optgptq.gqa import convert
@@ -110,3 +111,16 @@ def test_tensors_that_are_gone_are_named(tmp_path: Path) -> None:
     assert caught.value.where == "journal, grouped heads of decoder layer 2"
     assert caught.value.found == "none, or a damaged file"
     assert "start the job from its beginning" in caught.value.action
+
+
+@pytest.mark.parametrize(
+    ("name", "is_scored"), [("llama-multi_head_biases", False), ("falcon-multi_head_parallel", True)]
+)
+def test_activations_on_disk_give_the_same_bits(name: str, is_scored: bool, tmp_path: Path) -> None:
+    folder = opened(name, tmp_path)
+    evaluation = some_windows(3, seed=6) if is_scored else None
+    expected = grouped_into(folder, gqa_recipe(group=2), fresh_journal(tmp_path / "memory"), evaluation=evaluation)
+    with DiskStore(tmp_path) as store:
+        steps = fresh_journal(tmp_path / "disk")
+        require_same(grouped_into(folder, gqa_recipe(group=2), steps, evaluation=evaluation, store=store), expected)
+        assert store.most_bytes > 0

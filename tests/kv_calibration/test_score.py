@@ -13,7 +13,7 @@ from optgptq.data.windows import Windows
 from optgptq.kv_cache.scheme import LayerScheme, PastRule, SideScheme
 from optgptq.kv_cache.setup import LayerParameters, SideParameters
 from optgptq.kv_calibration.attend import CacheAttend, LayerQuantizer
-from optgptq.kv_calibration.chains import Chains
+from optgptq.kv_calibration.chains import Chains, hidden_of
 from optgptq.kv_calibration.divergence import mean_divergence
 from optgptq.models.attention import AttentionContext, attention_context
 from optgptq.models.decoder import Decoder, load_decoder
@@ -95,7 +95,7 @@ def test_the_divergence_is_that_of_the_distributions(decoder: Decoder) -> None:
     for _ in decoder.layers:
         chains.advance(plain(decoder), plain(decoder, keys=3))
     valid = [batch.valid_BS for batch in chains.held_out]
-    found = mean_divergence(decoder.head, chains.ahead[0], chains.plain, valid)
+    found = mean_divergence(decoder.head, hidden_of(chains.ahead[0]), hidden_of(chains.plain), valid)
     total = count = 0.0
     for window in (1, 2):
         tokens_BS = windows.tokens_WS[window : window + 1, : int(windows.lengths_W[window])]
@@ -105,7 +105,8 @@ def test_the_divergence_is_that_of_the_distributions(decoder: Decoder) -> None:
         total += float((before.exp() * (before - after)).sum())
         count += tokens_BS.shape[1]
     assert found == pytest.approx(total / count, rel=1e-3)
-    assert mean_divergence(decoder.head, chains.ahead[0], chains.ahead[0], valid) == 0
+    same = (hidden_of(chains.ahead[0]) for _ in range(2))
+    assert mean_divergence(decoder.head, *same, valid) == 0
 
 
 def _plain_attend(decoder: Decoder) -> CacheAttend:

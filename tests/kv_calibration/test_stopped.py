@@ -14,9 +14,11 @@ from support.quantizable import padded_windows, tiny_model, wide_llama, write_mo
 from support.stopped_steps import fresh_journal, stopped_everywhere
 from support.tiny_models import random_tokens
 
+from optgptq.calibration.disk_states import DiskStore
+from optgptq.calibration.states import ActivationStore, MemoryStore
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.data.windows import windows_from_tokens
-from optgptq.journal.store import Journal, Steps
+from optgptq.journal.store import Journal, NothingKept, Steps
 from optgptq.kv_cache.scheme import LayerScheme, PastRule, SideScheme
 from optgptq.kv_calibration import allocation, calibrate
 from optgptq.kv_calibration.calibrate import CalibratedCache, calibrate_cache
@@ -141,3 +143,24 @@ def test_activations_of_16_bits_and_a_soft_cap(tmp_path: Path) -> None:
     whole = work(fresh_journal(tmp_path / "whole"))
     for found in stopped_everywhere(tmp_path, work):
         require_same(found, whole)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"budget_bits": 3.0, "fixed_layers": frozenset({0}), "allowed_bits": (3, 4), **SIMPLE},
+        {"key_transform": "covariance", "value_transform": "hadamard", "refine": "gradient"},
+    ],
+)
+def test_activations_on_disk_give_the_same_bits(values: dict[str, Any], tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    windows = padded_windows(random_tokens(4, 24, vocab_size=258), [24, 13, 24, 17])
+    settings = cache_settings(model_spec(folder), **values)
+
+    def work(store: ActivationStore) -> CalibratedCache:
+        model = streamed(folder, store=store)
+        return calibrate_cache(model, settings, windows, steps=NothingKept(), layer_started=lambda index: None)
+
+    with DiskStore(tmp_path) as store:
+        require_same(work(store), work(MemoryStore()))
+        assert store.most_bytes > 0

@@ -16,6 +16,7 @@ from optgptq.errors import CapacityError, RecipeError
 from optgptq.planning import MachineFile, essence, plan_job, require_fit
 from optgptq.planning.fit import Machine
 from optgptq.planning.job_plan import JobPlan
+from optgptq.planning.words import told_bytes
 from optgptq.quantize import quantize
 from optgptq.recipe.loading import load_recipe
 from optgptq.targets import parse_target
@@ -115,6 +116,34 @@ def test_memory_that_is_short_puts_activations_on_disk(tmp_path: Path, monkeypat
     assert "activations on disk" in essence(on_disk)[0]
 
 
+@pytest.mark.parametrize("recipe", ["kv4", "opt-gqa-w4"])
+def test_walks_before_and_behind_keep_less_where_activations_are_on_disk(tmp_path: Path, recipe: str) -> None:
+    settings = (
+        ["gqa.group=2", "weights.group_size=16"]
+        if recipe == "opt-gqa-w4"
+        else ["kv_cache.num_windows=500", "kv_cache.fp8_scales=off"]
+    )
+    model = write_model(wide_llama(num_key_value_heads=4), tmp_path / "model") if "gqa" in recipe else STORY
+    windows = ("calibration.num_windows=500", "calibration.window_size=512", *settings)
+    loaded = load_recipe(recipe, [TEXT, *windows])
+    in_memory, on_disk = (
+        plan_job(model, loaded, folder=tmp_path, activations=place, kept=Rates(tmp_path))
+        for place in ("memory", "disk")
+    )
+    name = "grouping heads" if "gqa" in recipe else "kv cache"
+    held = [{phase.name: phase.cpu_bytes for phase in each.phases}[name] for each in (in_memory, on_disk)]
+    assert held[1] < held[0]
+    assert on_disk.disk.spilled_bytes > in_memory.disk.spilled_bytes
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "expected"),
+    [(0, "0.00 MB"), (1_234_000, "1.23 MB"), (999_999_999, "1.00 GB"), (2_345_000_000, "2.35 GB")],
+)
+def test_small_sizes_are_told_in_megabytes(num_bytes: int, expected: str) -> None:
+    assert told_bytes(num_bytes) == expected
+
+
 def test_what_cannot_fit_is_an_error_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(free_memory_bytes=10**6, free_device_bytes=None, free_disk_bytes=10**3)
     monkeypatch.setattr("optgptq.planning.job_plan.machine_now", lambda device, folder: machine)
@@ -125,7 +154,7 @@ def test_what_cannot_fit_is_an_error_with_advice(tmp_path: Path, monkeypatch: py
     with pytest.raises(CapacityError) as caught:
         require_fit(found)
     assert caught.value.where == f"plan: memory in phase {found.peak.name}"
-    assert caught.value.found == "0.00 GB free"
+    assert caught.value.found == "1.00 MB free"
     assert caught.value.action.endswith(".")
 
 

@@ -11,6 +11,7 @@ from support.checkpoints import write_tensors
 from support.tiny_models import random_tokens
 
 from optgptq.calibration.head_rows import Projection, head_rows
+from optgptq.calibration.states import ActivationPlace, ActivationStore, MemoryStore
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.data.windows import Windows, windows_from_tokens
 from optgptq.gqa.convert import GroupedModel, Texts, group_heads
@@ -55,6 +56,7 @@ def grouped_into(
     windows: Windows | None = None,
     evaluation: Windows | None = None,
     dtype: torch.dtype = torch.float64,
+    store: ActivationStore | None = None,
 ) -> GroupedModel:
     """Convert a model, or go on where `steps` end."""
     plan = plan_grouping(folder, model_spec(folder), recipe)
@@ -65,8 +67,7 @@ def grouped_into(
         recipe,
         Texts(calibration=some_windows() if windows is None else windows, evaluation=evaluation),
         steps=steps,
-        dtype=dtype,
-        device=torch.device("cpu"),
+        place=ActivationPlace(dtype=dtype, device=torch.device("cpu"), store=store or MemoryStore()),
         layer_started=lambda index: None,
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from optgptq.calibration.states import ActivationStore, MemoryStore
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.kv_cache.scheme import LayerScheme, PastRule, SideScheme
 from optgptq.kv_calibration.calibrate import StreamedModel
@@ -33,7 +34,11 @@ def cache_settings(spec: DecoderSpec, **values: Any) -> CacheCalibrationSettings
 
 
 def streamed(
-    folder: CheckpointFolder, layer_of: LayerOf | None = None, *, dtype: torch.dtype = torch.float32
+    folder: CheckpointFolder,
+    layer_of: LayerOf | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    store: ActivationStore | None = None,
 ) -> StreamedModel:
     """Return a dense model, read layer by layer."""
     spec = model_spec(folder)
@@ -43,4 +48,5 @@ def streamed(
         layer_of=layer_of or (lambda index: load_layer(folder, spec, index, dtype=dtype)),
         dtype=dtype,
         device=_CPU,
+        store=store or MemoryStore(),
     )
