@@ -55,7 +55,7 @@ def plan(  # noqa: PLR0913 - the parameters of a command are its options
         resolve_model(model, revision),
         loaded_recipe,
         device=device,
-        folder=None if output is None else output.absolute().parent,
+        output=output,
         kept=MachineFile(forget=measure_again),
         targets=targets,
         tensor_parallel=tensor_parallel,

@@ -110,7 +110,7 @@ def quantize(  # noqa: PLR0913 - the parameters of a command are its options
             folder,
             loaded_recipe,
             device=device,
-            folder=output.absolute().parent,
+            output=output,
             activations=_KNOWN_PLACES.get(activations),
             targets=targets,
             tensor_parallel=tensor_parallel,

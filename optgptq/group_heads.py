@@ -144,13 +144,6 @@ def _plan(source: CheckpointFolder, recipe: Recipe) -> GroupingPlan:
     return plan
 
 
-def _require_space(source: CheckpointFolder, plan: GroupingPlan, staging: Path) -> None:
-    view = grouped_source(source, plan)
-    num_bytes = sum(info.num_bytes for info in view.tensors.values())
-    num_bytes += sum(entry.num_bytes for entry in plan.entries)
-    require_disk_space(staging, num_bytes + _SMALL_FILES_BYTES)
-
-
 def _convert(
     source: CheckpointFolder,
     plan: GroupingPlan,

@@ -23,7 +23,7 @@ from optgptq.data.windows import Windows
 from optgptq.formats import format_named
 from optgptq.formats.checkpoint import plan_entries
 from optgptq.formats.dense import write_dense
-from optgptq.job_key import SourceFiles, begin_or_go_on, describe_source, job_key, without_marks
+from optgptq.job_key import SourceFiles, begin_or_go_on, describe_source, differences, job_key, without_marks
 from optgptq.job_options import JobOptions
 from optgptq.job_record import JobRecord
 from optgptq.job_sessions import SessionLog, machine_warnings
@@ -121,6 +121,21 @@ class Job:
         self.windows = self._read_windows()
         if not writes_text:
             self._begin(tokens_sha256=None if self.windows is None else self.windows.sha256)
+
+    def is_known(self) -> bool:
+        """Say whether the steps in the journal are those of this job; the text is taken to be what it was."""
+        kept = None if self.journal.key is None else self.journal.key.get("key")
+        if not isinstance(kept, Mapping):
+            return False
+        self.files = describe_source(self.source.folder, self.journal)
+        key = job_key(
+            self.files,
+            self.recipe,
+            tokens_sha256=kept.get("tokens_sha256"),
+            device=self.device,
+            dtype=self.dtype,
+        )
+        return not any(differences(kept, key))
 
     @torch.no_grad()
     def solve(self) -> None:

@@ -44,14 +44,20 @@ def without_marks(files: SourceFiles) -> dict[str, dict[str, Any]]:
 
 
 def require_unchanged(folder: CheckpointFolder, files: SourceFiles) -> None:
-    """Raise ModelError where a file of the source is another one than when it was hashed."""
+    """Raise ModelError where a file of the source has other content than when it was hashed."""
     for name, entry in files.items():
-        if _marks(folder.path / name) != {mark: entry[mark] for mark in _MARKS}:
+        path = folder.path / name
+        # A file that was copied or touched looks changed; its hash decides.
+        if (
+            _marks(path) != {mark: entry[mark] for mark in _MARKS}
+            and _describe(path, None)["sha256"] != entry["sha256"]
+        ):
             raise ModelError(
-                str(folder.path / name),
+                str(path),
                 expected="a file that stays as it is while the job runs",
-                found="one that was changed or replaced",
-                action="Run again with the model as it shall be; what was computed of the old one is dropped.",
+                found="one with other content",
+                action="Put the old file back and run the same command again: what was computed is kept. With the new "
+                "model, pass --restart.",
             )
 
 

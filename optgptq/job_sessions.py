@@ -18,8 +18,11 @@ from optgptq.memory import peak_memory_bytes, resident_memory_bytes
 from optgptq.native.library import native_name
 from optgptq.reports import events
 from optgptq.reports.events import ProgressListener
+from optgptq.reports.run_record import processor_name
 
 _WALK = "decoder layers"
+# Phases of a run that has computed nothing yet.
+_BEGINNING = ("source", "resuming")
 
 
 @dataclass(slots=True)
@@ -54,6 +57,7 @@ class SessionLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and self._name is not None:
+            self._end_phase()
             # What the run ends with must not be hidden by a disk that is full.
             with suppress(CapacityError, OutputError):
                 self._keep("failed" if issubclass(kind, Exception) else "interrupted")
@@ -116,15 +120,15 @@ class SessionLog:
             "ended": ended,
             "first_layer": self._first_layer,
             "peak_memory_bytes": peak_memory_bytes(),
-            "machine": {"native": native_name(), "threads": torch.get_num_threads()},
+            "machine": {"native": native_name(), "threads": torch.get_num_threads(), "processor": processor_name()},
             "phases": self._phases,
         }
         self._journal.put(self._name, {}, facts)
 
 
 def machine_warnings(sessions: list[dict[str, Any]]) -> list[str]:
-    """Return a warning where runs that solved something did so in different ways."""
-    machines = [_machine(session["machine"]) for session in sessions if session["first_layer"] is not None]
+    """Return a warning where runs that computed something did so in different ways."""
+    machines = [_machine(session["machine"]) for session in sessions if _computed(session)]
     distinct = list(dict.fromkeys(machines))
     if len(distinct) < 2:
         return []
@@ -134,5 +138,9 @@ def machine_warnings(sessions: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _computed(session: Mapping[str, Any]) -> bool:
+    return session["first_layer"] is not None or any(phase["name"] not in _BEGINNING for phase in session["phases"])
+
+
 def _machine(machine: Mapping[str, Any]) -> str:
-    return f"{machine['native']}, {machine['threads']} threads"
+    return f"{machine['native']}, {machine['threads']} threads, {machine['processor']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,25 @@ from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.lock import work_folder
 from optgptq.checkpoint.manifest import MANIFEST_FILE, sha256_file, write_manifest
 from optgptq.checkpoint.publish import open_staging, recover_output, require_free, require_place
-from optgptq.errors import ModelError
+from optgptq.errors import OptGPTQError
 from optgptq.gate_job import GateReport, check_gates, run_gates
 from optgptq.job import Job
 from optgptq.job_key import require_unchanged
 from optgptq.job_options import JobOptions
 from optgptq.job_sessions import SessionLog
 from optgptq.journal.store import Journal, open_journal
+from optgptq.kept_work import PUBLISHED_STEP
+from optgptq.memory import is_out_of_memory
 from optgptq.recipe.records import Recipe
+from optgptq.reports import events
 from optgptq.reports.events import ProgressListener, ignore_progress
 from optgptq.reports.run_record import build_run_record, write_run_record
 
 __all__ = ["JobOptions", "QuantizeResult", "quantize"]
 
 # The step that is kept right before the output appears under its name: SHA-256 of its manifest, and what was made.
-_PUBLISHED = "published"
+_PUBLISHED = PUBLISHED_STEP
+_ERROR_MAPS = "error_maps"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +82,7 @@ def quantize(
         require_free(where, overwrite=overwrite)
     with open_journal(work_folder(where)) as journal, SessionLog(journal, progress) as sessions:
         recover_output(where)
-        is_published = _published(journal, where) is not None
-        if not is_published:
-            require_free(where, overwrite=overwrite)
+        record = _published(journal, where)
         job = Job(
             CheckpointFolder.open(model),
             recipe,
@@ -87,16 +90,16 @@ def quantize(
             sessions=sessions,
             options=options,
             device=device,
-            is_published=is_published,
+            is_published=record is not None,
         )
-        job.prepare()
-        record = _published(journal, where)
-        if record is None:
+        if record is None or options.restart or not job.is_known():
+            # Before anything that is kept is dropped.
             require_free(where, overwrite=overwrite)
+            job.prepare()
             record = _make(job, where, overwrite=overwrite)
         # The result is safe from here on. What comes before the journal goes is done again after an interruption.
         gates = run_gates(where, model, recipe, record, device=device, progress=sessions.hear)
-        record = {**record, **gates.record(), "warnings": [*record["warnings"], *gates.warnings], "plan": options.plan}
+        record = _with_gates(record, gates, journal, options)
         if options.record is not None:
             write_run_record(options.record, build_run_record(where, record))
         journal.remove()
@@ -118,15 +121,38 @@ def _make(job: Job, output: Path, *, overwrite: bool) -> dict[str, Any]:
         job.write(staging.path)
         manifest = job.manifest()
         write_manifest(staging.path, manifest)
-        _require_same_source(job)
+        require_unchanged(job.source.folder, job.files)
         job.sessions.finish()
-        record = {**job.run_record(manifest), "error_maps": job.error_maps(staging.path)}
+        record = job.run_record(manifest)
         staging.sync()
         digest = sha256_file(staging.path / MANIFEST_FILE)
         job.journal.put(_PUBLISHED, {}, {"manifest_sha256": digest, "record": record})
         job.journal.sync()
         staging.publish()
+    _keep_error_maps(job, output)
     return record
+
+
+def _with_gates(record: Mapping[str, Any], gates: GateReport, journal: Journal, options: JobOptions) -> dict[str, Any]:
+    """Return the record of a published job with what was found of its output, and what was predicted."""
+    maps = journal.get(_ERROR_MAPS)
+    return {
+        **record,
+        **gates.record(),
+        "error_maps": [] if maps is None else maps.facts["error_maps"],
+        "warnings": [*record["warnings"], *gates.warnings],
+        "plan": options.plan,
+    }
+
+
+def _keep_error_maps(job: Job, output: Path) -> None:
+    """Keep maps of the worst linears for the run record; what prevents it is told and stops nothing."""
+    try:
+        job.journal.put(_ERROR_MAPS, {}, {"error_maps": job.error_maps(output)})
+    except (OptGPTQError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, OptGPTQError) and not is_out_of_memory(error):
+            raise
+        job.progress(events.WarningRaised(message=f"the run record has no error maps: {error}"))
 
 
 def _published(journal: Journal, output: Path) -> dict[str, Any] | None:
@@ -137,11 +163,3 @@ def _published(journal: Journal, output: Path) -> dict[str, Any] | None:
         return None
     record: dict[str, Any] = entry.facts["record"]
     return record
-
-
-def _require_same_source(job: Job) -> None:
-    try:
-        require_unchanged(job.source.folder, job.files)
-    except ModelError:
-        job.journal.remove()
-        raise

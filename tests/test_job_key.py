@@ -78,5 +78,7 @@ def test_files_that_are_known_are_not_hashed_again(tmp_path: Path, monkeypatch: 
         assert hashed == ["config.json"]
         assert again["config.json"]["sha256"] == files["config.json"]["sha256"]
         require_unchanged(folder, again)
+        require_unchanged(folder, files)
+        (model / "config.json").write_bytes((model / "config.json").read_bytes() + b" ")
         with pytest.raises(ModelError, match=r"config\.json"):
             require_unchanged(folder, files)

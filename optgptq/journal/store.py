@@ -21,6 +21,7 @@ import torch
 
 from optgptq.checkpoint.disk import disk_error
 from optgptq.checkpoint.lock import LOCK_FILE, hold_lock
+from optgptq.errors import OutputError
 from optgptq.journal.entry import SUFFIX, Entry, read_entry, write_entry
 
 _logger = logging.getLogger(__name__)
@@ -194,18 +195,34 @@ def open_journal(path: Path) -> Iterator[Journal]:
     """Open or make the journal in folder `path` and hold its lock meanwhile; an empty one is removed on the way out.
 
     Raises:
-        OutputError: another process works on it, or the folder cannot be made.
+        OutputError: another process works on it, the folder cannot be made, or it holds what no journal has written.
         CapacityError: the disk is full.
     """
     with hold_lock(path):
         journal = Journal(path, read_key(path))
         if journal.key is None:
+            _require_ours(path)
             journal.clear()
         try:
             yield journal
         finally:
             if path.is_dir() and journal.is_empty:
                 journal.remove()
+
+
+def _require_ours(path: Path) -> None:
+    """Raise OutputError where a folder that belongs to no job holds something that must not be dropped unasked."""
+    names = sorted(entry.name for entry in path.iterdir())
+    steps = [name for name in names if name.endswith(SUFFIX)]
+    written = (LOCK_FILE, KEY_FILE, f"{KEY_FILE}.partial")
+    others = [name for name in names if not name.removesuffix(".partial").endswith(SUFFIX) and name not in written]
+    if others or (steps and KEY_FILE in names):
+        raise OutputError(
+            str(path),
+            expected="nothing but what a job has kept there, with a readable job.json",
+            found=others[0] if others else f"{len(steps)} steps and a damaged {KEY_FILE}",
+            action="Look at the folder and remove it if you do not need it, or choose another output folder.",
+        )
 
 
 def read_key(path: Path) -> Mapping[str, Any] | None:

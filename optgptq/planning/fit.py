@@ -51,13 +51,13 @@ class Shortage:
     action: str
 
 
-def machine_now(device: torch.device, folder: Path) -> Machine:
-    """Return what is free now."""
+def machine_now(device: torch.device, folder: Path, *, kept_bytes: int = 0) -> Machine:
+    """Return what is free now; `kept_bytes` of the disk are held by the job itself."""
     free = available_memory_bytes()
     return Machine(
         free_memory_bytes=None if free is None else free + (resident_memory_bytes() or 0),
         free_device_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
-        free_disk_bytes=shutil.disk_usage(folder).free,
+        free_disk_bytes=shutil.disk_usage(folder).free + kept_bytes,
     )
 
 

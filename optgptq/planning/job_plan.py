@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optgptq.calibration.disk_states import Activations
+from optgptq.kept_work import kept_bytes
 from optgptq.memory import resident_memory_bytes
 from optgptq.planning.checks import calibration_checks, job_warnings, target_subject
 from optgptq.planning.disk import DiskNeed, bits_per_weight, disk_need
@@ -115,7 +116,7 @@ def plan_job(
     recipe: Recipe,
     *,
     device: str = "cpu",
-    folder: Path | None = None,
+    output: Path | None = None,
     activations: Activations | None = None,
     kept: MachineFile | None = None,
     targets: Sequence[Target] = (),
@@ -127,7 +128,7 @@ def plan_job(
         model: folder of the model.
         recipe: what is asked of it.
         device: where it will run.
-        folder: where the output will appear; None for the folder of the process.
+        output: the folder that will appear; None for one in the folder of the process.
         activations: where streams are kept; None: in memory where they fit, else on disk.
         kept: measurements of this machine; None for the file in the user's cache folder.
         targets: engines that shall load the result, on `tensor_parallel` devices.
@@ -137,9 +138,10 @@ def plan_job(
     """
     # Before anything is measured, which leaves memory behind.
     base = resident_memory_bytes() or _USUAL_BASE_BYTES
-    folder = Path.cwd() if folder is None else folder
+    folder = Path.cwd() if output is None else output.absolute().parent
+    held = 0 if output is None else kept_bytes(output)
     work = read_workload(model, recipe, device=device)
-    machine = machine_now(work.device, folder)
+    machine = machine_now(work.device, folder, kept_bytes=held)
     chosen: Activations = activations or "memory"
     phases = memory_phases(work, base, chosen)
     if activations is None and not memory_fits(phases, machine):

@@ -145,7 +145,7 @@ def environment_record(device: str) -> dict[str, Any]:
         "transformers": _version("transformers"),
         "optgptq": optgptq.__version__,
         "platform": f"{platform.system()} {platform.release()}",
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "memory_bytes": total_memory_bytes(),
         "device": device,
@@ -169,7 +169,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """Return the processor's name where the system tells it, else its architecture and instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()

@@ -64,7 +64,7 @@ def test_what_does_not_fit_ends_with_5_behind_the_plan(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(free_memory_bytes=10**8, free_device_bytes=None, free_disk_bytes=10**10)
-    monkeypatch.setattr("optgptq.planning.job_plan.machine_now", lambda device, folder: machine)
+    monkeypatch.setattr("optgptq.planning.job_plan.machine_now", lambda device, folder, *, kept_bytes=0: machine)
     assert main(["plan", STORY, *SMALL]) == 5
     captured = capsys.readouterr()
     assert "does not fit: memory in phase " in captured.out

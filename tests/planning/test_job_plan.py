@@ -38,7 +38,7 @@ class Rates(MachineFile):
 
 
 def plan(model: Path, recipe: str, folder: Path, *settings: str) -> JobPlan:
-    return plan_job(model, load_recipe(recipe, [TEXT, *settings]), folder=folder, kept=Rates(folder))
+    return plan_job(model, load_recipe(recipe, [TEXT, *settings]), output=folder / "out", kept=Rates(folder))
 
 
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2", "compressed-tensors"])
@@ -52,7 +52,7 @@ def test_size_and_bits_are_those_of_the_output(tmp_path: Path, form: str, symmet
         group_size=16,
         symmetric=symmetric,
     )
-    planned = plan_job(model, recipe, folder=tmp_path, kept=Rates(tmp_path))
+    planned = plan_job(model, recipe, output=tmp_path / "out", kept=Rates(tmp_path))
     result = quantize(model, recipe, tmp_path / "out")
     assert planned.bits_per_weight == result.bits_per_weight
     size = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*"))
@@ -67,7 +67,7 @@ def test_bits_of_binary_codes_are_those_of_the_output(tmp_path: Path, coefficien
     settings = [TEXT, "calibration.num_windows=4", "calibration.window_size=32", f"binary.coefficients={coefficients}"]
     settings += ["weights.target_shift=off", "binary.sweeps=0", "binary.refits=0", "weights.group_size=64"]
     recipe = load_recipe("binary-w3", settings)
-    planned = plan_job(STORY, recipe, folder=tmp_path, kept=Rates(tmp_path))
+    planned = plan_job(STORY, recipe, output=tmp_path / "out", kept=Rates(tmp_path))
     assert planned.bits_per_weight == pytest.approx(quantize(STORY, recipe, tmp_path / "out").bits_per_weight)
 
 
@@ -107,7 +107,7 @@ def test_memory_that_is_short_puts_activations_on_disk(tmp_path: Path, monkeypat
     in_memory = plan(STORY, "gptq-w4", tmp_path, *wide)
     assert in_memory.activations == "memory"
     machine = replace(in_memory.machine, free_memory_bytes=in_memory.peak.cpu_bytes - 1)
-    monkeypatch.setattr("optgptq.planning.job_plan.machine_now", lambda device, folder: machine)
+    monkeypatch.setattr("optgptq.planning.job_plan.machine_now", lambda device, folder, *, kept_bytes=0: machine)
     on_disk = plan(STORY, "gptq-w4", tmp_path, *wide)
     assert on_disk.activations == "disk"
     assert on_disk.fits
@@ -127,7 +127,7 @@ def test_walks_before_and_behind_keep_less_where_activations_are_on_disk(tmp_pat
     windows = ("calibration.num_windows=500", "calibration.window_size=512", *settings)
     loaded = load_recipe(recipe, [TEXT, *windows])
     in_memory, on_disk = (
-        plan_job(model, loaded, folder=tmp_path, activations=place, kept=Rates(tmp_path))
+        plan_job(model, loaded, output=tmp_path / "out", activations=place, kept=Rates(tmp_path))
         for place in ("memory", "disk")
     )
     name = "grouping heads" if "gqa" in recipe else "kv cache"
@@ -146,7 +146,7 @@ def test_small_sizes_are_told_in_megabytes(num_bytes: int, expected: str) -> Non
 
 def test_what_cannot_fit_is_an_error_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(free_memory_bytes=10**6, free_device_bytes=None, free_disk_bytes=10**3)
-    monkeypatch.setattr("optgptq.planning.job_plan.machine_now", lambda device, folder: machine)
+    monkeypatch.setattr("optgptq.planning.job_plan.machine_now", lambda device, folder, *, kept_bytes=0: machine)
     found = plan(STORY, "gptq-w4", tmp_path)
     assert not found.fits
     assert [shortage.what for shortage in found.shortages] == ["memory", "disk"]
@@ -169,7 +169,7 @@ def test_text_that_the_model_writes_holds_the_whole_model(tmp_path: Path) -> Non
 def test_targets_answer(tmp_path: Path) -> None:
     recipe = load_recipe("gptq-w3", [TEXT])
     targets = [parse_target("optgptq"), parse_target("vllm")]
-    found = plan_job(STORY, recipe, folder=tmp_path, kept=Rates(tmp_path), targets=targets)
+    found = plan_job(STORY, recipe, output=tmp_path / "out", kept=Rates(tmp_path), targets=targets)
     assert found.targets[0].loads
     assert [answer["target"] for answer in found.record()["targets"]] == [
         answer.target.name for answer in found.targets
