@@ -100,6 +100,9 @@ def quantize(  # noqa: PLR0913 - the parameters of a command are its options
     for path, option in ((record, "--record"), (junit, "--junit")):
         if path is not None:
             require_writable(path, option=option)
+    if junit is not None:
+        # What an earlier run found must not stand beside the failure of this one.
+        junit.unlink(missing_ok=True)
     keep_freed_memory()
     loaded_recipe = load_recipe(recipe, (*(overrides or ()), *(f"gates.{limit}" for limit in gate or ())))
     targets = parse_targets(target, tensor_parallel)

@@ -96,7 +96,7 @@ def shortages(
         action = "Free space, or choose an output folder on another disk."
         found.append(
             Shortage(
-                what="disk", phase="assembly", needed_bytes=needed, free_bytes=machine.free_disk_bytes, action=action
+                what="disk", phase="writing", needed_bytes=needed, free_bytes=machine.free_disk_bytes, action=action
             )
         )
     return found
@@ -106,7 +106,7 @@ def _what_helps(work: Workload, phase: str, activations: Activations) -> str:
     """Return a sentence about the largest things that a user can make smaller."""
     if phase == "calibration text" and work.recipe.calibration.source == "self":
         return "Name a text with calibration.source: a model that writes its own is in memory as a whole."
-    if phase != "solving":
+    if phase != "decoder layers":
         return "Close other programs, or use a machine with more memory."
     stages = layer_memory(work, 0, activations=activations).values()
     streams, passes = max(stage.streams for stage in stages), max(stage.work for stage in stages)

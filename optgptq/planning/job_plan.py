@@ -175,12 +175,12 @@ def plan_job(
 
 def _timed(name: str, memory: PhaseMemory, times: TimeModel) -> Phase:
     seconds = {
-        "hashing the source": times.hashing,
+        "source": times.hashing,
         "calibration text": times.text,
         "grouping heads": times.heads,
-        "folding scales": times.heads,
-        "solving": times.solving,
-        "assembly": times.assembly,
+        "scales to fold": times.heads,
+        "decoder layers": times.solving,
+        "writing": times.assembly,
         "verifying": times.verifying,
         "kv cache": times.cache,
     }[name]()

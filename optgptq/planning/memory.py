@@ -170,16 +170,16 @@ class MemoryModel:
 def memory_phases(work: Workload, base: int, activations: Activations) -> dict[str, PhaseMemory]:
     """Return the phases of a job by name, in the order in which they run; `base` as in `MemoryModel`."""
     memory = MemoryModel(work, base_bytes=base, activations=activations)
-    phases = {"hashing the source": memory.nothing()}
+    phases = {"source": memory.nothing()}
     if work.reads_text:
         phases["calibration text"] = memory.text()
     if work.source.grouping is not None:
         phases["grouping heads"] = memory.heads()
     if work.cache_plan is not None and work.recipe.kv_cache.fold:
-        phases["folding scales"] = memory.heads()
+        phases["scales to fold"] = memory.heads()
     if not work.keeps_weights:
-        phases["solving"] = memory.solving()
-    phases["assembly"] = memory.assembly()
+        phases["decoder layers"] = memory.solving()
+    phases["writing"] = memory.assembly()
     phases["verifying"] = memory.verifying()
     if work.cache_plan is not None:
         phases["kv cache"] = memory.cache()

@@ -28,10 +28,10 @@ def test_it_ends_with_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixt
     assert result["fits"] is True
     assert result["bits_per_weight"] == 4.15625
     assert [phase["name"] for phase in result["phases"]] == [
-        "hashing the source",
+        "source",
         "calibration text",
-        "solving",
-        "assembly",
+        "decoder layers",
+        "writing",
         "verifying",
     ]
     assert result["seconds"] > result["phases"][2]["seconds"] > 0

@@ -82,7 +82,7 @@ def test_a_model_of_70_billion_weights_is_planned_in_seconds(tmp_path: Path) -> 
     assert record["disk"]["dense_bytes"] > 2 * 2 * 128256 * 8192
     # One moment of the widest linear alone has 3.3 GB.
     assert 15 * GIGABYTE < record["peak_memory_bytes"] < 80 * GIGABYTE
-    assert planned.peak.name == "solving"
+    assert planned.peak.name == "decoder layers"
     assert "28672 inputs" not in " ".join(planned.checks)
 
 
@@ -181,7 +181,7 @@ def test_every_kind_of_job_has_a_plan(tmp_path: Path, recipe: str) -> None:
     found = plan(STORY, recipe, tmp_path)
     names = [phase.name for phase in found.phases]
     assert ("kv cache" in names) == ("kv" in recipe)
-    assert ("solving" in names) == (recipe != "kv4")
+    assert ("decoder layers" in names) == (recipe != "kv4")
     assert found.seconds > 0
     assert all(phase.cpu_bytes > 0 and phase.seconds >= 0 for phase in found.phases)
     assert len(essence(found)) == 2

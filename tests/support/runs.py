@@ -153,7 +153,7 @@ def record_of(num_layers: int) -> dict[str, Any]:
             for index in range(num_layers)
         ],
         "error_maps": [error_map] * 6,
-        "plan": {"seconds": 6000.0, "peak_memory_bytes": 19 * 2**30, "phases": [{"name": "solving"}]},
+        "plan": {"seconds": 6000.0, "peak_memory_bytes": 19 * 2**30, "phases": [{"name": "decoder layers"}]},
         "gates": [
             {"gate": "max_kl", "figure": "mean KL", "value": 0.0083, "limit": 0.001, "passed": False, "excess": 0.0073},
             {"gate": "max_perplexity", "figure": "perplexity", "value": 5.1, "limit": 6.0, "passed": True, "excess": 0},

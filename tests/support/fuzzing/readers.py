@@ -99,7 +99,7 @@ def _record_damage(folder: CaseFolder) -> Callable[[random.Random], Callable[[],
             {"index": 0, "seconds": 1.0, "resident_bytes": 1, "peak_bytes": 2, "windows_per_batch": 8}
         ],
         "error_maps": [grid],
-        "plan": {"phases": [{"name": "solving", "seconds": 3.0, "cpu_bytes": 5}], "fits": True},
+        "plan": {"phases": [{"name": "decoder layers", "seconds": 3.0, "cpu_bytes": 5}], "fits": True},
         "gates": [{"gate": "max_kl", "value": 0.1, "limit": 0.2, "passed": True, "where": linear}],
         "evaluation": evaluation,
         "sample": {"prompt": "Once", "text": " upon"},
