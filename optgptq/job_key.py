@@ -103,6 +103,9 @@ def begin_or_go_on(
         return
     found = list(differences(older, key))
     if not found:
+        if files != _part(journal, "files"):
+            # The same files with other marks: they are not hashed again next time.
+            journal.restate(content)
         return
     if is_done or not _has_solved(journal):
         journal.begin(content)

@@ -122,6 +122,7 @@ def _make(job: Job, output: Path, *, overwrite: bool) -> dict[str, Any]:
         manifest = job.manifest()
         write_manifest(staging.path, manifest)
         require_unchanged(job.source.folder, job.files)
+        _keep_error_maps(job, staging.path)
         job.sessions.finish()
         record = job.run_record(manifest)
         staging.sync()
@@ -129,7 +130,6 @@ def _make(job: Job, output: Path, *, overwrite: bool) -> dict[str, Any]:
         job.journal.put(_PUBLISHED, {}, {"manifest_sha256": digest, "record": record})
         job.journal.sync()
         staging.publish()
-    _keep_error_maps(job, output)
     return record
 
 
@@ -145,10 +145,10 @@ def _with_gates(record: Mapping[str, Any], gates: GateReport, journal: Journal, 
     }
 
 
-def _keep_error_maps(job: Job, output: Path) -> None:
+def _keep_error_maps(job: Job, folder: Path) -> None:
     """Keep maps of the worst linears for the run record; what prevents it is told and stops nothing."""
     try:
-        job.journal.put(_ERROR_MAPS, {}, {"error_maps": job.error_maps(output)})
+        job.journal.put(_ERROR_MAPS, {}, {"error_maps": job.error_maps(folder)})
     except (OptGPTQError, RuntimeError, MemoryError) as error:
         if not isinstance(error, OptGPTQError) and not is_out_of_memory(error):
             raise

@@ -31,6 +31,9 @@ from optgptq.recipe.records import Recipe
 from optgptq.reports import events
 from optgptq.reports.events import ProgressListener
 
+# The step that holds how far memory has brought the windows per batch down.
+_BATCHES = "batches"
+
 
 @dataclass(slots=True)
 class _Reached:
@@ -80,7 +83,7 @@ class WeightJob:
         Raises:
             OptGPTQError: one of its kinds.
         """
-        limit: int | None = None
+        limit = self._kept_limit()
         while True:
             reached = _Reached()
             try:
@@ -94,6 +97,15 @@ class WeightJob:
             return_free_memory()
             torch.cuda.empty_cache()
 
+    def _kept_limit(self) -> int | None:
+        """Return the windows per batch that an earlier run came down to, and take over what it told; None for none."""
+        entry = self.journal.get(_BATCHES)
+        if entry is None:
+            return None
+        self._shrunk = {int(layer): list(sentences) for layer, sentences in entry.facts["warnings"].items()}
+        limit: int = entry.facts["limit"]
+        return limit
+
     def _smaller_batches(self, reached: _Reached, error: BaseException) -> int:
         """Return half of the windows per batch, and tell; CapacityError where there is nothing to halve."""
         index, size = reached.index, reached.windows_per_batch
@@ -106,6 +118,9 @@ class WeightJob:
             ) from error
         told = f"decoder layer {index}: memory ran out with {size} calibration windows per batch, now {size // 2}"
         self._shrunk.setdefault(index, []).append(told)
+        # For a run that goes on before this layer has ended.
+        kept = {str(layer): sentences for layer, sentences in self._shrunk.items()}
+        self.journal.put(_BATCHES, {}, {"limit": size // 2, "warnings": kept})
         self.progress(events.WarningRaised(message=told))
         return size // 2
 

@@ -77,6 +77,12 @@ def test_files_that_are_known_are_not_hashed_again(tmp_path: Path, monkeypatch: 
         again = describe_source(folder, journal)
         assert hashed == ["config.json"]
         assert again["config.json"]["sha256"] == files["config.json"]["sha256"]
+        journal.put("step", {}, {})
+        begin_or_go_on(journal, {"a": 1}, again, num_layers=2, restart=False, is_done=False)
+        hashed.clear()
+        assert describe_source(folder, journal) == again
+        assert hashed == []
+        assert journal.get("step") is not None
         require_unchanged(folder, again)
         require_unchanged(folder, files)
         (model / "config.json").write_bytes((model / "config.json").read_bytes() + b" ")

@@ -65,6 +65,28 @@ def test_batches_shrink_where_memory_runs_out(
     assert result.record["layers"][:7] == references["gptq"].record["layers"][:7]
 
 
+def test_smaller_batches_are_remembered_before_their_layer_ends(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = ActivationStream.advance
+
+    def short_of_memory(self: ActivationStream, layer: Any, stage: Any) -> None:
+        if layer.index == 1 and stage == "o" and max(batch.num_windows for batch in self.batches) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
+        advance(self, layer, stage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ActivationStream, "advance", short_of_memory)
+        whole = quantize(model, recipe_of("gptq"), tmp_path / "whole")
+        with pytest.raises(StoppedError):
+            quantize(model, recipe_of("gptq"), tmp_path / "out", progress=stopped_at_linear(13))
+    # There is memory enough now, and the job stays with what it came down to.
+    result = quantize(model, recipe_of("gptq"), tmp_path / "out")
+    assert [cost["windows_per_batch"] for cost in result.record["decoder_layer_costs"]] == [4, 1]
+    assert result.warnings == whole.warnings
+    assert folder_bytes(result.output) == folder_bytes(whole.output)
+
+
 def test_memory_that_does_not_hold_one_window_ends_the_job(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
     def no_memory(*arguments: Any, **named: Any) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")

@@ -81,6 +81,13 @@ class Journal:
         """Drop every step and say which job the next ones belong to."""
         try:
             self._drop()
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+        self.restate(key)
+
+    def restate(self, key: Mapping[str, Any]) -> None:
+        """Say anew which job the steps belong to, and keep them."""
+        try:
             partial = self.path / f"{KEY_FILE}.partial"
             partial.write_text(json.dumps(key, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             _sync(partial)

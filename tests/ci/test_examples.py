@@ -79,7 +79,7 @@ def test_an_output_that_is_no_folder_is_refused_before_anything_runs(workspace, 
 def test_the_journal_of_another_job_is_not_taken(workspace, tmp_path):
     step = next(step for step in action()["runs"]["steps"] if step.get("id") == "names")
     path = fake_command(tmp_path / "commands")
-    base = {"MODEL": "m", "REVISION": "", "RECIPE": "recipe.yaml", "FIELDS": "", "OUTPUT": "a/out"}
+    base = {"MODEL": "m", "REVISION": "", "RECIPE": "recipe.yaml", "FIELDS": "", "OUTPUT": "a/out", "DEVICE": "cpu"}
 
     def outputs(**changes: str) -> dict[str, str]:
         return dict(run_bash(step["run"], workspace, environment(path, **{**base, **changes})).outputs)
@@ -89,7 +89,7 @@ def test_the_journal_of_another_job_is_not_taken(workspace, tmp_path):
     assert outputs() == first
     jobs = {outputs(**{name: "b"})["job"] for name in base}
     (workspace / "recipe.yaml").write_text("{}")
-    assert len({first["job"], outputs()["job"], *jobs}) == 7
+    assert len({first["job"], outputs()["job"], *jobs}) == 8
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 4, 5, 6, 7, 75, 143])
