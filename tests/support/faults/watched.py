@@ -43,6 +43,9 @@ class WatchedDisk:
         """Return a path (or an open descriptor) relative to the root; None where it lies elsewhere."""
         if isinstance(path, int):
             name = os.readlink(f"/proc/self/fd/{path}")
+            if name.endswith(" (deleted)"):
+                # A file without a name: nothing of it outlives the process.
+                return None
         else:
             base = os.getcwd() if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
             name = os.path.normpath(os.path.join(base, os.fsdecode(path)))
