@@ -1,6 +1,6 @@
 # Needs only make and python3 (3.11 or later, with venv). `make setup` runs once; everything else depends on it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test nightly check format bench clean
+.PHONY: help setup demo test nightly sanitize check format bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +15,7 @@ help:
 	@echo "make demo     quantize the bundled model, verify it, compare it, let it write"
 	@echo "make test     all tests but the nightly ones"
 	@echo "make nightly  tests that take many minutes"
+	@echo "make sanitize tests of the native library under the sanitizers for memory, arithmetic and threads"
 	@echo "make check    lint, format, types, import order"
 	@echo "make format   rewrite the sources in the one format"
 	@echo "make bench    the measurements behind the figures in the docs"
@@ -50,6 +51,9 @@ test: $(STAMP)
 
 nightly: $(STAMP)
 	$(BIN)/python -m pytest -m nightly --timeout=7200
+
+sanitize: $(STAMP)
+	$(BIN)/python tests/sanitize.py
 
 check: $(STAMP)
 	$(BIN)/ruff check

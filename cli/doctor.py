@@ -32,7 +32,7 @@ def _page(report: DoctorReport) -> str:
     rows = [
         *report.versions.items(),
         ("system", report.system),
-        ("processor", f"{report.cores} cores, torch uses {report.threads} threads"),
+        ("processor", f"{report.cores} cores, torch uses {report.threads} threads: {report.threads_reason}"),
         ("memory", memory),
         ("free disk", f"{human_bytes(report.free_disk_bytes)} in {report.disk_folder}"),
         ("hub", "offline, as the environment asks" if report.offline else "downloads allowed"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,12 @@ def gate_rows(outcomes: Sequence[GateOutcome]) -> list[tuple[str, str]]:
 
 
 def write_gate_report(
-    path: Path | None, outcomes: Sequence[GateOutcome], figures: Mapping[str, Any], *, seconds: float
+    path: Path | None,
+    outcomes: Sequence[GateOutcome],
+    figures: Mapping[str, Any],
+    *,
+    seconds: float,
+    failure: Exception | None = None,
 ) -> OptGPTQError | None:
     """Write the JUnit report, where one is wanted, and return what kept it from being written.
 
@@ -32,6 +38,7 @@ def write_gate_report(
         outcomes: one test case each.
         figures: a record, of which plain values become properties of the suite.
         seconds: what all of it took.
+        failure: what the evaluation ended with; where there are no outcomes, nothing else tells of it.
     """
     from optgptq.errors import OptGPTQError
     from optgptq.evaluation.junit import junit_xml, write_junit
@@ -39,11 +46,35 @@ def write_gate_report(
     if path is None:
         return None
     properties = {name: value for name, value in figures.items() if isinstance(value, str | int | float)}
+    problem = str(failure) if failure is not None and not outcomes else ""
     try:
-        write_junit(path, junit_xml(outcomes, properties=properties, seconds=seconds))
+        write_junit(path, junit_xml(outcomes, properties=properties, seconds=seconds, problem=problem))
     except OptGPTQError as error:
         return error
     return None
+
+
+@contextmanager
+def told_in_report(path: Path | None) -> Iterator[None]:
+    """Write a JUnit report of what the job fails with, where one is wanted; a request to stop is no failure.
+
+    Raises:
+        OptGPTQError: what the job raised.
+    """
+    from optgptq.errors import Interrupted, OptGPTQError
+    from optgptq.evaluation.junit import junit_xml, write_junit
+
+    try:
+        yield
+    except Interrupted:
+        raise
+    except OptGPTQError as error:
+        if path is not None:
+            try:
+                write_junit(path, junit_xml((), properties={}, seconds=0.0, problem=str(error)))
+            except OptGPTQError as unwritten:
+                write_note(f"warning: {unwritten}")
+        raise
 
 
 def require_gates(outcomes: Sequence[GateOutcome], *, problem: OptGPTQError | None) -> None:

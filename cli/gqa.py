@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .display import job_display
+from .interrupts import tells_what_is_kept
 from .options import DeviceOption, JsonOption, ModelArgument, OverwriteOption, QuietOption, RevisionOption
 from .output import human_bytes, human_seconds, table, write_json, write_result
 
@@ -75,7 +76,7 @@ def group(  # noqa: PLR0913 - the parameters of a command are its options
     asked = [f"gqa.{name}={value}" for name, value in fields.items() if value is not None]
     loaded_recipe = load_recipe(recipe, [*(overrides or ()), *asked])
     folder = resolve_model(model, revision)
-    with job_display(quiet=quiet) as listener:
+    with job_display(quiet=quiet) as listener, tells_what_is_kept(output):
         result = group_model(
             folder,
             loaded_recipe,

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .output import finite
-
 
 class LineWriter:
     """Writes each record as a line, at once."""
@@ -24,6 +22,8 @@ class LineWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line; where that fails or is interrupted, what was written of it is taken back."""
+        from optgptq.reports.wording import finite
+
         line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
         written = 0
         try:

@@ -84,7 +84,8 @@ def _usage_or_other(error: BaseException) -> Failure:
 
 def run() -> None:
     """Entry of the `optgptq` script."""
-    from optgptq.environment import limit_spinning
+    from optgptq.environment import limit_spinning, limit_threads
 
     limit_spinning()
+    limit_threads()
     sys.exit(main(sys.argv[1:]))

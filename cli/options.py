@@ -24,8 +24,12 @@ DtypeOption = Annotated[
     typer.Option("--dtype", help="Of activations, keys and values; auto: float32 on a processor."),
 ]
 WeightsOption = Annotated[
-    Literal["auto", "dense", "quantized"],
-    typer.Option("--weights", help="Hold quantized weights as they are, or decoded; auto: what is faster."),
+    Literal["auto", "dense", "quantized", "exact"],
+    typer.Option(
+        "--weights",
+        help="Quantized weights: multiply with codes (on a processor with 8-bit activations); exact: with activations "
+        "as they are; dense: decode once; auto: what is faster.",
+    ),
 ]
 EngineSetOption = Annotated[
     list[str] | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,8 +30,11 @@ def write_piece(text: str) -> None:
 
 def write_json(record: Mapping[str, Any]) -> None:
     """Write one JSON object to stdout, in the order of its keys; numbers that are not finite become null."""
-    text = json.dumps(finite(record), indent=2, ensure_ascii=False, allow_nan=False)
-    write_result(text if _can_write(text) else json.dumps(finite(record), indent=2, allow_nan=False))
+    from optgptq.reports.wording import finite
+
+    plain = finite(record)
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+    write_result(text if _can_write(text) else json.dumps(plain, indent=2, allow_nan=False))
 
 
 def _can_write(text: str) -> bool:
@@ -59,17 +61,6 @@ def drop_stream(name: str) -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, descriptor)
     os.close(nothing)
-
-
-def finite(value: Any) -> Any:
-    """Return a copy of JSON-like data with infinities and NaNs as None: JSON has no spelling for them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [finite(item) for item in value]
-    return value
 
 
 def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = ()) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .display import job_display
-from .gates import gate_rows, require_gates, write_gate_report
+from .gates import gate_rows, require_gates, told_in_report, write_gate_report
 from .gqa import heads_rows
 from .interrupts import tells_what_is_kept
 from .options import DeviceOption, JsonOption, ModelArgument, OverwriteOption, QuietOption, RevisionOption
@@ -86,29 +86,25 @@ def quantize(  # noqa: PLR0913 - the parameters of a command are its options
 
     Interrupted, it keeps the decoder layers that are finished beside the output; the same command goes on from there.
     """
-    from optgptq.checkpoint.hub import resolve_model
-    from optgptq.checkpoint.publish import require_place
-    from optgptq.job_options import JobOptions
-    from optgptq.memory import keep_freed_memory
-    from optgptq.planning import plan_job, require_fit
-    from optgptq.quantize import quantize as quantize_model
-    from optgptq.recipe.loading import load_recipe
-    from optgptq.reports.run_record import record_path
+    from optgptq.environment import loading_modules
 
-    from .record import require_writable
+    with loading_modules():
+        from optgptq.checkpoint.hub import resolve_model
+        from optgptq.checkpoint.publish import require_place
+        from optgptq.job_options import JobOptions
+        from optgptq.memory import keep_freed_memory
+        from optgptq.planning import plan_job, require_fit
+        from optgptq.quantize import quantize as quantize_model
+        from optgptq.recipe.loading import load_recipe
+        from optgptq.reports.run_record import record_path
 
-    for path, option in ((record, "--record"), (junit, "--junit")):
-        if path is not None:
-            require_writable(path, option=option)
-    if junit is not None:
-        # What an earlier run found must not stand beside the failure of this one.
-        junit.unlink(missing_ok=True)
+    _require_places(record, junit)
     keep_freed_memory()
     loaded_recipe = load_recipe(recipe, (*(overrides or ()), *(f"gates.{limit}" for limit in gate or ())))
     targets = parse_targets(target, tensor_parallel)
     folder = resolve_model(model, revision)
     require_place(output, source=folder)
-    with tells_what_is_kept(output), job_display(quiet=quiet) as listener:
+    with told_in_report(junit), tells_what_is_kept(output), job_display(quiet=quiet) as listener:
         plan = plan_job(
             folder,
             loaded_recipe,
@@ -130,15 +126,28 @@ def quantize(  # noqa: PLR0913 - the parameters of a command are its options
         result = quantize_model(
             folder, loaded_recipe, output, overwrite=overwrite, progress=listener, device=device, options=options
         )
-    outcomes = result.gates.outcomes
-    problem = write_gate_report(junit, outcomes, result.gates.evaluation or {}, seconds=result.seconds)
+    gates = result.gates
+    figures = gates.evaluation or {}
+    problem = write_gate_report(junit, gates.outcomes, figures, seconds=result.seconds, failure=gates.failure)
     if as_json:
         write_json(_json(result))
     elif not quiet:
         write_result(_summary(result))
-    if result.gates.failure is not None:
-        result.gates.require_passed()
-    require_gates(outcomes, problem=problem)
+    if gates.failure is not None:
+        gates.require_passed()
+    require_gates(gates.outcomes, problem=problem)
+
+
+def _require_places(record: Path | None, junit: Path | None) -> None:
+    """Raise OutputError where a file that is asked for cannot be written; an older JUnit report goes."""
+    from .record import require_writable
+
+    for path, option in ((record, "--record"), (junit, "--junit")):
+        if path is not None:
+            require_writable(path, option=option)
+    if junit is not None:
+        # What an earlier run found must not stand beside the failure of this one.
+        junit.unlink(missing_ok=True)
 
 
 def _tell(plan: JobPlan, listener: ProgressListener) -> None:

@@ -56,6 +56,7 @@ def report(  # noqa: PLR0913 - the parameters of a command are its options
         if path is not None:
             require_writable(path, option=option)
             require_outside(path, output)
+    _require_finished(output)
     with plain_log(quiet=quiet):
         data = collect_run(output, record=record, evaluation=evaluation)
         other = None
@@ -74,6 +75,18 @@ def report(  # noqa: PLR0913 - the parameters of a command are its options
         write_json(told)
     elif not quiet:
         write_result(_summary(told))
+
+
+def _require_finished(output: Path) -> None:
+    """Raise OutputError where only what an interrupted job has kept is there."""
+    from optgptq.errors import OutputError
+    from optgptq.kept_work import kept_work
+
+    kept = None if output.is_dir() else kept_work(output)
+    if kept is not None:
+        raise OutputError(
+            str(output), expected="a finished checkpoint", found="a job that was interrupted", action=kept
+        )
 
 
 def _page_path(output: Path, compare: Path | None) -> Path:

@@ -32,7 +32,7 @@ from optgptq.recipe.sources import source_for_record
 from optgptq.reports import events
 from optgptq.reports.events import ProgressListener
 from optgptq.runtime.cache_plan import cache_of_folder
-from optgptq.runtime.decoded import decoded_layers
+from optgptq.runtime.decoded import decoded_layers, decoded_linears
 from optgptq.transforms.kv_scales import KVScales, shares_key_scale
 
 
@@ -111,6 +111,7 @@ class CacheJob:
             dtype=self.place.dtype,
             device=self.place.device,
             store=self.place.store,
+            supply_head=decoded_linears(written, dtype=self.place.dtype, device=self.place.device),
         )
         return calibrate_cache(
             model,

@@ -23,9 +23,10 @@ from optgptq.models.decoder import load_decoder
 from optgptq.models.inventory import model_linears
 from optgptq.models.spec import DecoderSpec
 from optgptq.recipe.calibration import CalibrationRecipe
+from optgptq.runtime.kept_texts import KeptTexts
 from optgptq.runtime.self_text import SelfWriting, write_windows
 
-# The step that keeps a text that the model wrote.
+# The step that keeps a text that the model wrote; those that keep parts of it begin with it and a dot.
 _WINDOWS = "windows"
 
 
@@ -62,11 +63,20 @@ def calibration_windows(
             told = list(known.facts["warnings"])
         else:
             told = []
+            kept = KeptTexts(steps.scope(_WINDOWS))
             windows = _self_text(
-                folder, tokenizer, calibration, window_size=window_size, dtype=dtype, device=device, warn=told.append
+                folder,
+                tokenizer,
+                calibration,
+                window_size=window_size,
+                dtype=dtype,
+                device=device,
+                kept=kept,
+                warn=told.append,
             )
             steps.put(_WINDOWS, {"tokens": windows.tokens_WS}, {"notes": list(windows.notes), "warnings": told})
             steps.sync()
+            kept.forget()
         warnings = tuple(told)
     else:
         source = TextSource.of(calibration)
@@ -85,6 +95,7 @@ def _self_text(
     window_size: int,
     dtype: torch.dtype,
     device: str,
+    kept: KeptTexts,
     warn: Callable[[str], None],
 ) -> Windows:
     """Sample windows from the dense model, which is in memory as a whole while it writes."""
@@ -101,6 +112,7 @@ def _self_text(
         text_size,
         writing=writing,
         bos_token_id=tokenizer.bos_token_id,
+        kept=kept,
         warn=warn,
     )
     if bos_token_id is not None:

@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from optgptq.errors import UsageError
+from optgptq.processors import Processors, find_processors
 
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 TRUE_WORDS = frozenset({"1", "true", "yes", "on"})
 FALSE_WORDS = frozenset({"", "0", "false", "no", "off"})
@@ -74,3 +79,43 @@ def limit_spinning() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
+@contextmanager
+def loading_modules() -> Iterator[None]:
+    """Import torch and what needs it without the collector of reference cycles, and keep it from them ever after.
+
+    Modules last as long as the process, and searching the million objects of torch again and again for what nobody
+    needs took as long as a third of loading them. Where torch is there already, nothing happens.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
+def limit_threads() -> None:
+    """Let torch use no more threads than the control group grants processors, unless the user has chosen.
+
+    It must be called before torch loads, which counts the cores of the affinity mask. In a container with a quota most
+    of so many threads wait for their turn, and each operation waits for the last of them.
+    """
+    threads = find_processors().threads
+    if threads is not None and not any(name in os.environ for name in THREAD_VARIABLES):
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def explain_threads(processors: Processors, variables: Mapping[str, str] = os.environ) -> str:
+    """Return where the number of threads comes from, for people."""
+    asked = [f"{name}={variables[name]}" for name in THREAD_VARIABLES if name in variables]
+    quota = f"the control group grants {processors.quota:g} processors" if processors.quota is not None else ""
+    if asked == [f"OMP_NUM_THREADS={processors.threads}"]:
+        return f"{asked[0]}, as {quota}"
+    if asked:
+        return ", ".join([f"as {' and '.join(asked)} asks", *([f"though {quota}"] if processors.threads else [])])
+    return quota or "one for each core that this process may use"

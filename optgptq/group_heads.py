@@ -16,7 +16,7 @@ from optgptq.calibration.states import ActivationPlace
 from optgptq.calibration_text import calibration_windows
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.lock import work_folder
-from optgptq.checkpoint.manifest import write_manifest
+from optgptq.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from optgptq.checkpoint.publish import open_staging, recover_output, require_disk_space, require_free, require_place
 from optgptq.data.windows import Windows
 from optgptq.errors import RecipeError
@@ -25,10 +25,19 @@ from optgptq.gqa.convert import GroupedModel
 from optgptq.gqa.job import group_into, grouping_warnings
 from optgptq.gqa.plan import GroupingPlan, plan_grouping
 from optgptq.gqa.source import grouped_source
-from optgptq.job_key import SourceFiles, begin_or_go_on, describe_source, job_key, require_unchanged, without_marks
+from optgptq.job_key import (
+    SourceFiles,
+    begin_or_go_on,
+    describe_source,
+    differences,
+    job_key,
+    require_unchanged,
+    without_marks,
+)
 from optgptq.job_options import JobOptions
 from optgptq.job_source import source_cache_warnings
 from optgptq.journal.store import Journal, open_journal
+from optgptq.kept_work import GROUPING_JOB, keep_published, published_record
 from optgptq.memory import peak_memory_bytes
 from optgptq.models.checks import check_inventory
 from optgptq.models.registry import model_spec
@@ -95,11 +104,19 @@ def group_model(
         require_free(where, overwrite=overwrite)
     with open_journal(work_folder(where)) as journal:
         recover_output(where)
-        require_free(where, overwrite=overwrite)
+        done = published_record(journal, where)
         source = CheckpointFolder.open(model)
         plan = _plan(source, recipe)
+        if done is not None and not restart and _is_known(journal, source, plan, recipe, device=device):
+            # The process died between the two last steps: what it made is there.
+            journal.remove()
+            return _result(output, done)
+        require_free(where, overwrite=overwrite)
         warnings = [*grouping_warnings(plan, recipe), *source_cache_warnings(source)]
         options = JobOptions(restart=restart, activations=activations)
+        if done is not None:
+            # Its output is there, and may be replaced: nothing that is kept is of use to anybody.
+            journal.clear()
         converted = _convert(source, plan, recipe, journal, warnings, progress=progress, device=device, options=options)
         for warning in warnings:
             progress(events.WarningRaised(message=warning))
@@ -108,14 +125,26 @@ def group_model(
             _write(grouped, staging.path, recipe, progress)
             write_manifest(staging.path, _manifest(converted, recipe, warnings))
             require_unchanged(source, converted.files)
+            staging.sync()
+            told = {
+                "seconds": time.perf_counter() - started,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "record": grouped.record,
+                "warnings": warnings,
+            }
+            keep_published(journal, staging.path / MANIFEST_FILE, told)
             staging.publish()
         journal.remove()
+    return _result(output, told)
+
+
+def _result(output: Path, told: Mapping[str, Any]) -> GroupResult:
     return GroupResult(
         output=output,
-        seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak_memory_bytes(),
-        record=grouped.record,
-        warnings=tuple(warnings),
+        seconds=told["seconds"],
+        peak_memory_bytes=told["peak_memory_bytes"],
+        record=told["record"],
+        warnings=tuple(told["warnings"]),
     )
 
 
@@ -156,8 +185,7 @@ def _convert(
     options: JobOptions,
 ) -> _Converted:
     where = require_device(device)
-    stored_dtype = source.info(plan.entries[0].name).torch_dtype
-    dtype = compute_dtype(stored_dtype, where, wanted=recipe.calibration.compute_dtype)
+    dtype = _dtype(source, plan, recipe, where)
     view = grouped_source(source, plan)
     num_bytes = sum(info.num_bytes for info in view.tensors.values())
     num_bytes += sum(entry.num_bytes for entry in plan.entries)
@@ -166,11 +194,8 @@ def _convert(
     writes_text = recipe.calibration.source == "self"
 
     def begin(tokens_sha256: str | None) -> None:
-        key = job_key(files, recipe, tokens_sha256=tokens_sha256, device=where, dtype=dtype)
-        asked = {"recipe": {name: key["recipe"][name] for name in ("gqa", "calibration")}, "job": "gqa"}
-        begin_or_go_on(
-            journal, {**key, **asked}, files, num_layers=plan.spec.num_layers, restart=options.restart, is_done=False
-        )
+        key = _key(files, recipe, tokens_sha256=tokens_sha256, device=where, dtype=dtype)
+        begin_or_go_on(journal, key, files, num_layers=plan.spec.num_layers, restart=options.restart, is_done=False)
 
     if writes_text:
         begin(None)
@@ -186,6 +211,34 @@ def _convert(
         place = ActivationPlace(dtype=dtype, device=where, store=store)
         grouped = group_into(source, plan, recipe, windows, steps=journal, place=place, progress=progress)
     return _Converted(grouped=grouped, windows=windows, files=files)
+
+
+def _is_known(journal: Journal, source: CheckpointFolder, plan: GroupingPlan, recipe: Recipe, *, device: str) -> bool:
+    """Say whether what is in the journal is of this job; the text is taken to be what it was."""
+    kept = None if journal.key is None else journal.key.get("key")
+    if not isinstance(kept, Mapping):
+        return False
+    where = require_device(device)
+    key = _key(
+        describe_source(source, journal),
+        recipe,
+        tokens_sha256=kept.get("tokens_sha256"),
+        device=where,
+        dtype=_dtype(source, plan, recipe, where),
+    )
+    return not any(differences(kept, key))
+
+
+def _key(
+    files: SourceFiles, recipe: Recipe, *, tokens_sha256: str | None, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    key = job_key(files, recipe, tokens_sha256=tokens_sha256, device=device, dtype=dtype)
+    return {**key, "recipe": {name: key["recipe"][name] for name in ("gqa", "calibration")}, "job": GROUPING_JOB}
+
+
+def _dtype(source: CheckpointFolder, plan: GroupingPlan, recipe: Recipe, device: torch.device) -> torch.dtype:
+    stored = source.info(plan.entries[0].name).torch_dtype
+    return compute_dtype(stored, device, wanted=recipe.calibration.compute_dtype)
 
 
 def _manifest(converted: _Converted, recipe: Recipe, warnings: list[str]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from optgptq.job_source import JobSource
 from optgptq.journal.store import Journal
 from optgptq.layer_steps import num_layer_steps
 from optgptq.native.library import native_name
-from optgptq.plan import outer_layouts, plan_linears
+from optgptq.plan import LinearPlan, outer_layouts, plan_head, plan_linears
 from optgptq.recipe.loading import recipe_for_record
 from optgptq.recipe.records import Recipe
 from optgptq.reports import events
@@ -83,14 +83,16 @@ class Job:
             # Before a text is read, or written by the model: it has no more windows than that.
             num_held_out(recipe, recipe.calibration.num_windows)
         self.plans = plan_linears(self.source.spec, recipe, self.form)
-        self.layouts = [*(plan.layout for plan in self.plans), *outer_layouts(self.source.spec)]
+        self.head = plan_head(self.source.spec, recipe, self.form)
+        outer = outer_layouts(self.source.spec, self.head)
+        self.layouts = [*(plan.layout for plan in self.plans), *outer]
         weight_dtype = self.source.tensors.info(f"{self.plans[0].info.name}.weight").torch_dtype
         self.dtype = compute_dtype(weight_dtype, self.device, wanted=recipe.calibration.compute_dtype)
         self.scale_dtype = self.form.scale_dtype(weight_dtype)
         self.record = JobRecord()
         if not self.keeps_weights:
             self.record.dense += [
-                {"name": layout.name, "reason": layout.dense_reason} for layout in outer_layouts(self.source.spec)
+                {"name": layout.name, "reason": layout.dense_reason} for layout in outer if layout.bits is None
             ]
         self.files: SourceFiles = {}
         self.windows: Windows | None = None
@@ -214,7 +216,7 @@ class Job:
 
     def run_record(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Return the manifest with what two runs of one job differ in: times, memory, and runs that it took."""
-        sessions = self.sessions.sessions()
+        sessions = self.sessions.as_finished()
         return {
             **manifest,
             "timings": self.record.timings,
@@ -250,7 +252,8 @@ class Job:
             restart=self.options.restart,
             is_done=self.is_published,
         )
-        self.sessions.open()
+        planned = (self.options.plan or {}).get("peak_memory_bytes")
+        self.sessions.open(self.device, planned_bytes=planned)
 
     def _tell_kept(self) -> None:
         finished = num_layer_steps(self.journal)
@@ -286,17 +289,20 @@ class Job:
         """Return the bytes of all quantized linears, which the journal holds beside the output."""
         return sum(
             entry.num_bytes
-            for plan in self.plans
+            for plan in self._all_plans()
             if plan.layout.bits is not None
             for entry in self.form.entries(
                 plan.layout, dense_dtype=self.source.tensors.info(f"{plan.info.name}.weight").torch_dtype
             )
         )
 
+    def _all_plans(self) -> tuple[LinearPlan, ...]:
+        return self.plans if self.head is None else (*self.plans, self.head)
+
     def _announce(self) -> None:
         form = "dense" if self.keeps_weights else self.form.name
         title = f"{self.source.spec.num_layers} decoder layers, {self.recipe.name or 'recipe'}, {form}"
-        layers, linears = (0, 0) if self.keeps_weights else (self.source.spec.num_layers, len(self.plans))
+        layers, linears = (0, 0) if self.keeps_weights else (self.source.spec.num_layers, len(self._all_plans()))
         self.progress(events.JobStarted(title=title, num_decoder_layers=layers, num_linears=linears))
         told = [] if self.keeps_weights else list(self.form.check(self.layouts, scale_dtype=self.scale_dtype))
         told += self.source.warnings()
@@ -335,6 +341,7 @@ class Job:
             recipe=self.recipe,
             form=self.form,
             plans=self.plans,
+            head=self.head,
             dtype=self.dtype,
             device=self.device,
             journal=self.journal,

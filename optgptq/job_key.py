@@ -12,8 +12,8 @@ import optgptq
 from optgptq.checkpoint.folder import CONFIG_FILE, CheckpointFolder
 from optgptq.checkpoint.manifest import sha256_file
 from optgptq.errors import ModelError, OutputError
-from optgptq.journal.store import SESSION_PREFIX, Journal
-from optgptq.layer_steps import num_layer_steps
+from optgptq.journal.store import Journal
+from optgptq.layer_steps import has_more_than_text, num_layer_steps
 from optgptq.recipe.loading import recipe_for_record
 from optgptq.recipe.records import Recipe
 
@@ -107,7 +107,7 @@ def begin_or_go_on(
             # The same files with other marks: they are not hashed again next time.
             journal.restate(content)
         return
-    if is_done or not _has_solved(journal):
+    if is_done or not has_more_than_text(journal):
         journal.begin(content)
         return
     more = f"; and {len(found) - _DIFFERENCES_TOLD} more" if len(found) > _DIFFERENCES_TOLD else ""
@@ -165,11 +165,6 @@ def _unreadable(path: Path, error: OSError) -> ModelError:
     return ModelError(
         str(path), expected="a file that can be read", found=str(error), action="Change its permissions or copy it."
     )
-
-
-def _has_solved(journal: Journal) -> bool:
-    """Say whether more was kept than a text, which alone is no reason to refuse a corrected recipe."""
-    return any(name != "windows" and not name.startswith(SESSION_PREFIX) for name in journal.names(""))
 
 
 def _part(journal: Journal, name: str) -> Mapping[str, Any]:

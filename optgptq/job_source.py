@@ -65,7 +65,9 @@ class JobSource:
         grouping = plan_grouping(folder, original, recipe)
         shapes = folder if grouping is None else grouped_source(folder, grouping)
         grouped_spec = original if grouping is None else grouping.new_spec
-        tensors, spec = transformed_source(shapes, grouped_spec, _transform_settings(recipe))
+        tensors, spec = transformed_source(
+            shapes, grouped_spec, _transform_settings(recipe), own_head=recipe.head.is_quantized
+        )
         if recipe.kv_cache.is_quantized and recipe.kv_cache.fold:
             ones_KD = torch.ones(spec.num_kv_heads, spec.head_dim, dtype=torch.float64)
             ones = KVScales(key_KD=ones_KD, value_KD=ones_KD)
@@ -86,6 +88,16 @@ class JobSource:
             *told,
             *source_cache_warnings(self.folder),
             *transform_warnings(self.original_spec, _transform_settings(self.recipe)),
+            *self._head_warnings(),
+        )
+
+    def _head_warnings(self) -> tuple[str, ...]:
+        if not (self.recipe.head.is_quantized and self.original_spec.tied_head):
+            return ()
+        return (
+            "head.bits makes a head of its own out of the embedding, which stays dense, and config.json says "
+            "tie_word_embeddings false. An engine that ties them all the same computes with the dense one, or not at "
+            "all.",
         )
 
     def group_heads(
@@ -112,7 +124,13 @@ class JobSource:
     def _transform(self, scales: Sequence[KVScales] = ()) -> None:
         source: TensorSource = self.folder if self.grouped is None else self.grouped.source
         spec = self.original_spec if self.grouping is None else self.grouping.new_spec
-        self.tensors, self.spec = transformed_source(source, spec, _transform_settings(self.recipe), kv_scales=scales)
+        self.tensors, self.spec = transformed_source(
+            source,
+            spec,
+            _transform_settings(self.recipe),
+            kv_scales=scales,
+            own_head=self.recipe.head.is_quantized,
+        )
 
 
 def source_cache_warnings(folder: CheckpointFolder) -> tuple[str, ...]:

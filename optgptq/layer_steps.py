@@ -1,7 +1,8 @@
 """Finished stages and decoder layers as steps of a journal.
 
 `layer-00003.qkv` holds the tensors of a stage's linears as the checkpoint will hold them, and what is told about each.
-`layer-00003` is written last: trained norms, scales of an fp8 cache, and what is told about the layer.
+`layer-00003` is written last: trained norms, scales of an fp8 cache, and what is told about the layer. `head` is the
+output head, where it is quantized, behind all of them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from optgptq.checkpoint.source import HeldTensors
 from optgptq.errors import OutputError
 from optgptq.formats import CheckpointFormat
 from optgptq.journal.entry import Entry
-from optgptq.journal.store import Journal
-from optgptq.models.spec import STAGE_NAMES, StageName
+from optgptq.journal.store import SESSION_PREFIX, Journal
+from optgptq.models.spec import STAGE_NAMES, Place, StageName
 from optgptq.plan import LinearPlan
 from optgptq.quantized_weight import QuantizedWeight
 
 LAYER_PREFIX = "layer-"
+_HEAD = "head"
 
 
 def layer_name(index: int) -> str:
@@ -29,9 +31,31 @@ def layer_name(index: int) -> str:
     return f"{LAYER_PREFIX}{index:05d}"
 
 
-def num_layer_steps(journal: Journal) -> int:
-    """Return how many decoder layers have been ended, torn steps included."""
-    return sum("." not in name for name in journal.names(LAYER_PREFIX))
+def num_layer_steps(journal: Journal, *, prefix: str = "") -> int:
+    """Return how many decoder layers have been ended, by the lengths of the files of all their steps.
+
+    No hash is read, which would take minutes for a large model: what it alone would tell is found by going on.
+
+    Args:
+        journal: where they are.
+        prefix: before the names of the steps, with a dot.
+    """
+    begin = f"{prefix}{LAYER_PREFIX}"
+    is_whole: dict[str, bool] = {}
+    ended = []
+    for name in journal.names(begin):
+        index, _, part = name.removeprefix(begin).partition(".")
+        is_whole[index] = is_whole.get(index, True) and journal.has_all_bytes(name)
+        if not part:
+            ended.append(index)
+    return sum(is_whole[index] for index in ended)
+
+
+def has_more_than_text(journal: Journal) -> bool:
+    """Say whether more was kept than a text, which alone is no reason to refuse a corrected recipe."""
+    return any(
+        name.partition(".")[0] != "windows" and not name.startswith(SESSION_PREFIX) for name in journal.names("")
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,17 +65,19 @@ class LayerSteps:
     Attributes:
         journal: where they are.
         form: what encoded their tensors.
-        plans: the linears of the job.
+        plans: the linears of its decoder layers.
+        head: the output head; None where it stays as it is.
     """
 
     journal: Journal
     form: CheckpointFormat
     plans: Sequence[LinearPlan]
+    head: LinearPlan | None = None
 
     def put_stage(
         self,
         index: int,
-        stage: StageName,
+        stage: Place,
         tensors: Mapping[str, torch.Tensor],
         linears: Sequence[Mapping[str, Any]],
     ) -> None:
@@ -66,6 +92,13 @@ class LayerSteps:
         self.journal.put(layer_name(index), flat, facts)
         self.journal.sync()
 
+    def put_head(
+        self, tensors: Mapping[str, torch.Tensor], linears: Sequence[Mapping[str, Any]], warnings: Sequence[str]
+    ) -> None:
+        """Keep the solved head, as `put_stage` keeps a stage, and force it to disk."""
+        self.journal.put(_HEAD, tensors, {"linears": list(linears), "warnings": list(warnings)})
+        self.journal.sync()
+
     def stage(self, index: int, stage: StageName) -> Entry | None:
         """Return a solved stage; None where it is not known, or torn."""
         return self.journal.get(f"{layer_name(index)}.{stage}")
@@ -77,6 +110,10 @@ class LayerSteps:
     def is_finished(self, index: int) -> bool:
         """Say whether everything of a decoder layer is known."""
         return self.layer(index) is not None and all(self.stage(index, stage) is not None for stage in STAGE_NAMES)
+
+    def is_head_finished(self) -> bool:
+        """Say whether the head is known, or stays as it is."""
+        return self.head is None or self.journal.get(_HEAD) is not None
 
     def known_stages(self, index: int) -> dict[StageName, dict[str, QuantizedWeight]]:
         """Return the quantized weights of the stages that are known, by full name of the linear."""
@@ -90,6 +127,10 @@ class LayerSteps:
     def require_layer(self, index: int) -> Entry:
         """Return the end of a layer that is finished; OutputError where the journal lost it meanwhile."""
         return self._require(self.layer(index), layer_name(index))
+
+    def require_head(self) -> Entry:
+        """Return the head that was solved; OutputError where the journal lost it meanwhile."""
+        return self._require(self.journal.get(_HEAD), _HEAD)
 
     def _weights(self, index: int, entry: Entry) -> dict[str, QuantizedWeight]:
         held = HeldTensors(self.journal.path, entry.tensors)

@@ -68,6 +68,22 @@ def _control_group_bytes(name: str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+def memory_limit_bytes() -> int:
+    """Return the machine's memory, or the limit of the version-2 control group where that is less."""
+    limit = _control_group_bytes("memory.max")
+    return total_memory_bytes() if limit is None else min(limit, total_memory_bytes())
+
+
+def oom_kills() -> int | None:
+    """Return how many processes of this control group (version 2) were killed for want of memory; None if untold."""
+    try:
+        lines = Path("/sys/fs/cgroup/memory.events").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    counts = [words[1] for words in map(str.split, lines) if len(words) == 2 and words[0] == "oom_kill"]
+    return int(counts[0]) if counts and counts[0].isdigit() else None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, of the processor or of an accelerator."""
     if isinstance(error, MemoryError):

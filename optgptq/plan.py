@@ -11,7 +11,7 @@ from optgptq.formats.base import CheckpointFormat
 from optgptq.grids.binary_settings import BinarySettings
 from optgptq.grids.settings import GridSettings
 from optgptq.layout import LinearLayout
-from optgptq.models.inventory import LinearInfo, model_linears, outer_linears
+from optgptq.models.inventory import LinearInfo, head_linear, model_linears, outer_linears
 from optgptq.models.spec import DecoderSpec
 from optgptq.recipe.records import Recipe
 from optgptq.recipe.rules import ResolvedWeight, check_rules, resolve_weight
@@ -64,10 +64,43 @@ def plan_linears(spec: DecoderSpec, recipe: Recipe, form: CheckpointFormat) -> t
     return plans
 
 
-def outer_layouts(spec: DecoderSpec) -> tuple[LinearLayout, ...]:
-    """Return the linears outside the decoder layers, which stay dense; formats must name them to their readers."""
+def plan_head(spec: DecoderSpec, recipe: Recipe, form: CheckpointFormat) -> LinearPlan | None:
+    """Return the plan of the output head; None where it stays as it is.
+
+    Raises:
+        RecipeError: the group size does not divide its columns.
+    """
+    head, weights = recipe.head, recipe.weights
+    if head.bits is None:
+        return None
+    settings = ResolvedWeight(
+        method=head.method,
+        bits=head.bits,
+        group_size=weights.group_size if head.group_size is None else head.group_size,
+        symmetric=head.symmetric,
+        grid_search=weights.grid_search,
+    )
+    plan = _plan(head_linear(spec), settings, recipe, form)
+    size = settings.group_size
+    if size != -1 and plan.info.in_features % size:
+        raise RecipeError(
+            "head.group_size",
+            expected=f"-1, or a divisor of the {plan.info.in_features} columns of {plan.info.name}",
+            found=f"{size}" if head.group_size is not None else f"{size}, which is weights.group_size",
+            action="Set head.group_size to one that divides them, or to -1.",
+        )
+    return plan
+
+
+def outer_layouts(spec: DecoderSpec, head: LinearPlan | None = None) -> tuple[LinearLayout, ...]:
+    """Return the linears outside the decoder layers, which stay dense but for a `head` that is planned.
+
+    Formats must name them to their readers.
+    """
     return tuple(
-        LinearLayout(
+        head.layout
+        if head is not None and head.layout.name == name
+        else LinearLayout(
             name=name,
             out_features=out_features,
             in_features=in_features,

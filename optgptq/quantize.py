@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.lock import work_folder
-from optgptq.checkpoint.manifest import MANIFEST_FILE, sha256_file, write_manifest
+from optgptq.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from optgptq.checkpoint.publish import open_staging, recover_output, require_free, require_place
 from optgptq.errors import OptGPTQError
 from optgptq.gate_job import GateReport, check_gates, run_gates
@@ -19,7 +18,7 @@ from optgptq.job_key import require_unchanged
 from optgptq.job_options import JobOptions
 from optgptq.job_sessions import SessionLog
 from optgptq.journal.store import Journal, open_journal
-from optgptq.kept_work import PUBLISHED_STEP
+from optgptq.kept_work import keep_published, published_record
 from optgptq.memory import is_out_of_memory
 from optgptq.recipe.records import Recipe
 from optgptq.reports import events
@@ -28,8 +27,6 @@ from optgptq.reports.run_record import build_run_record, write_run_record
 
 __all__ = ["JobOptions", "QuantizeResult", "quantize"]
 
-# The step that is kept right before the output appears under its name: SHA-256 of its manifest, and what was made.
-_PUBLISHED = PUBLISHED_STEP
 _ERROR_MAPS = "error_maps"
 
 
@@ -82,7 +79,7 @@ def quantize(
         require_free(where, overwrite=overwrite)
     with open_journal(work_folder(where)) as journal, SessionLog(journal, progress) as sessions:
         recover_output(where)
-        record = _published(journal, where)
+        record = published_record(journal, where)
         job = Job(
             CheckpointFolder.open(model),
             recipe,
@@ -123,13 +120,11 @@ def _make(job: Job, output: Path, *, overwrite: bool) -> dict[str, Any]:
         write_manifest(staging.path, manifest)
         require_unchanged(job.source.folder, job.files)
         _keep_error_maps(job, staging.path)
-        job.sessions.finish()
         record = job.run_record(manifest)
         staging.sync()
-        digest = sha256_file(staging.path / MANIFEST_FILE)
-        job.journal.put(_PUBLISHED, {}, {"manifest_sha256": digest, "record": record})
-        job.journal.sync()
+        keep_published(job.journal, staging.path / MANIFEST_FILE, record)
         staging.publish()
+    job.sessions.finish()
     return record
 
 
@@ -153,13 +148,3 @@ def _keep_error_maps(job: Job, folder: Path) -> None:
         if not isinstance(error, OptGPTQError) and not is_out_of_memory(error):
             raise
         job.progress(events.WarningRaised(message=f"the run record has no error maps: {error}"))
-
-
-def _published(journal: Journal, output: Path) -> dict[str, Any] | None:
-    """Return the record of the job in the journal if its output stands there already, else None."""
-    entry = journal.get(_PUBLISHED)
-    manifest = output / MANIFEST_FILE
-    if entry is None or not os.path.isfile(manifest) or sha256_file(manifest) != entry.facts["manifest_sha256"]:
-        return None
-    record: dict[str, Any] = entry.facts["record"]
-    return record

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.checkpoint.manifest import read_manifest
 from optgptq.errors import ModelError, RecipeError, TargetError
 from optgptq.formats import CheckpointFormat, format_named
 from optgptq.formats.engine_facts import EngineFacts, engine_facts
@@ -18,7 +19,7 @@ from optgptq.layout import LinearLayout
 from optgptq.models.inventory import model_linears
 from optgptq.models.registry import family_of, model_spec
 from optgptq.models.spec import DecoderSpec
-from optgptq.plan import outer_layouts, plan_linears
+from optgptq.plan import outer_layouts, plan_head, plan_linears
 from optgptq.recipe.records import Recipe
 from optgptq.targets.recipe_change import changed_recipe
 from optgptq.targets.records import Splits
@@ -44,7 +45,8 @@ def subject_of_plan(
         RecipeError: the recipe does not fit the model.
     """
     form = format_named(recipe.export.format)
-    layouts = (*(plan.layout for plan in plan_linears(spec, recipe, form)), *outer_layouts(spec))
+    outer = outer_layouts(spec, plan_head(spec, recipe, form))
+    layouts = (*(plan.layout for plan in plan_linears(spec, recipe, form)), *outer)
     subject = _with_model(TargetSubject(format=form.name, layouts=layouts), spec, config)
     quantized = recipe.weights.method != "none"
 
@@ -98,8 +100,14 @@ def subject_of_folder(folder: CheckpointFolder) -> TargetSubject:
             subject, model_type=str(folder.config.get("model_type") or ""), splits=_guessed_splits(layouts)
         )
 
+    said = _settings_said(folder)
+
     def vary(subject: TargetSubject, change: Change) -> Varied | None:
-        return _vary_folder(subject, change, facts)
+        varied = _vary_folder(subject, change, facts)
+        if varied is None:
+            return None
+        fresh = tuple(setting for setting in varied.settings if setting not in said)
+        return replace(varied, settings=fresh or varied.settings)
 
     return replace(subject, vary=vary)
 
@@ -149,17 +157,35 @@ def _vary_folder(subject: TargetSubject, change: Change, facts: EngineFacts) -> 
     if change.only_format and change.format is not None and not facts.stores_act_order and not binary:
         return replace(varied, settings=(), convert_to=change.format)
     quantized = varied.subject.quantized
-    wanted = {(layout.bits, layout.group_size, layout.symmetric) for layout in quantized}
-    if len(wanted) > 1 or any(layout.coefficients is not None for layout in quantized):
+    wanted = {(layout.bits, layout.group_size, layout.symmetric) for layout in quantized if subject.is_inner(layout)}
+    if len(wanted) != 1 or any(layout.coefficients is not None for layout in quantized):
         return None
     bits, group_size, symmetric = wanted.pop()
     form = change.format or subject.format
     settings = [f"export.format={form}", f"weights.bits={bits}", f"weights.group_size={group_size}"]
     settings.append(f"weights.symmetric={str(symmetric).lower()}")
     dense = [layout.name for layout in varied.subject.layouts if layout.bits is None and subject.is_inner(layout)]
+    head = next((layout for layout in quantized if layout.name == subject.head_name), None)
+    if head is not None:
+        settings += [f"head.bits={head.bits}", f"head.group_size={head.group_size}"]
+        settings.append(f"head.symmetric={str(head.symmetric).lower()}")
+    elif any(layout.name == subject.head_name for layout in subject.quantized):
+        settings.append("head.bits=null")
     if dense:
         settings.append(f"weights.keep_dense={json.dumps(exact_patterns(dense))}")
     return replace(varied, settings=tuple(settings))
+
+
+def _settings_said(folder: CheckpointFolder) -> frozenset[str]:
+    """Return what the recipe in the folder's manifest says already, as texts for `--set`."""
+    recipe = (read_manifest(folder.path) or {}).get("recipe")
+    sections = recipe.items() if isinstance(recipe, dict) else ()
+    return frozenset(
+        f"{section}.{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for section, fields in sections
+        if isinstance(fields, dict)
+        for name, value in fields.items()
+    )
 
 
 def _spec_of(folder: CheckpointFolder) -> DecoderSpec | None:

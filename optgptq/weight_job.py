@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from optgptq.calibration.disk_states import open_store
+from optgptq.calibration.head import solve_head
 from optgptq.calibration.layer import LayerCalibration, SolvedLinear, put_weights
 from optgptq.calibration.spill import Spills
 from optgptq.calibration.start import start_calibration
@@ -24,8 +25,8 @@ from optgptq.job_record import decoder_layer_facts, linear_facts
 from optgptq.journal.store import Journal
 from optgptq.layer_steps import LayerSteps, tensors_of
 from optgptq.memory import is_out_of_memory, peak_memory_bytes, resident_memory_bytes, return_free_memory
-from optgptq.models.loading import load_layer
-from optgptq.models.spec import DecoderSpec, StageName
+from optgptq.models.loading import load_head, load_layer
+from optgptq.models.spec import DecoderSpec
 from optgptq.plan import LinearPlan
 from optgptq.recipe.records import Recipe
 from optgptq.reports import events
@@ -37,7 +38,7 @@ _BATCHES = "batches"
 
 @dataclass(slots=True)
 class _Reached:
-    """Where a walk is: the decoder layer, and its windows per batch."""
+    """Where a walk is: the decoder layer, or one more at the output head, and its windows per batch."""
 
     index: int = 0
     windows_per_batch: int = 1
@@ -51,6 +52,7 @@ class WeightJob:
         tensors: dense weights.
         spec: the model in it.
         recipe, form, plans: what was decided.
+        head: the output head; None where it stays as it is.
         dtype, device: of the computation.
         journal: keeps what is finished.
         options: where activations are, and how often they are kept.
@@ -62,6 +64,7 @@ class WeightJob:
     recipe: Recipe
     form: CheckpointFormat
     plans: Sequence[LinearPlan]
+    head: LinearPlan | None
     dtype: torch.dtype
     device: torch.device
     journal: Journal
@@ -73,7 +76,7 @@ class WeightJob:
     _shrunk: dict[int, list[str]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.steps = LayerSteps(self.journal, self.form, self.plans)
+        self.steps = LayerSteps(self.journal, self.form, self.plans, self.head)
         self.fp8 = Fp8Measure.of(self.spec, self.recipe)
         self._spills = Spills(self.journal, share=self.options.spill_share)
 
@@ -111,12 +114,12 @@ class WeightJob:
         index, size = reached.index, reached.windows_per_batch
         if size <= 1:
             raise CapacityError(
-                f"memory, decoder layer {index}",
+                f"memory, {self._place(index)}",
                 expected="room for one calibration window at a time",
                 found=str(error).splitlines()[0] if str(error) else type(error).__name__,
                 action="Close other programs, use shorter calibration windows, or a machine with more memory.",
             ) from error
-        told = f"decoder layer {index}: memory ran out with {size} calibration windows per batch, now {size // 2}"
+        told = f"{self._place(index)}: memory ran out with {size} calibration windows per batch, now {size // 2}"
         self._shrunk.setdefault(index, []).append(told)
         # For a run that goes on before this layer has ended.
         kept = {str(layer): sentences for layer, sentences in self._shrunk.items()}
@@ -130,9 +133,12 @@ class WeightJob:
         `limit`: greatest number of windows per batch in layers that are not finished.
         """
         finished = [self.steps.is_finished(index) for index in range(self.spec.num_layers)]
-        if all(finished):
+        if not self.steps.is_head_finished():
+            first, end = [*finished, False].index(False), len(finished)
+        elif all(finished):
             return
-        first, end = finished.index(False), len(finished) - finished[::-1].index(False)
+        else:
+            first, end = finished.index(False), len(finished) - finished[::-1].index(False)
         calibration = start_calibration(
             self.tensors,
             self.spec,
@@ -151,6 +157,11 @@ class WeightJob:
                 calibration.shrink_batches(limit)
             reached.index, reached.windows_per_batch = index, calibration.windows_per_batch
             self._solve_layer(index, calibration)
+        if self.head is not None and not self.steps.is_head_finished():
+            if limit is not None:
+                calibration.shrink_batches(limit)
+            reached.index, reached.windows_per_batch = self.spec.num_layers, calibration.windows_per_batch
+            self._solve_head(self.head, calibration)
 
     def _restore(self, num_finished: int, calibration: LayerCalibration) -> int:
         """Put the streams where the newest spill was made; return the index of the layer that comes next."""
@@ -197,14 +208,22 @@ class WeightJob:
             solved.append(linear)
             self._tell_linear(linear)
             if len(solved) == sum(plan.info.stage == linear.plan.info.stage for plan in plans):
-                self._keep_stage(index, linear.plan.info.stage, solved)
+                self.steps.put_stage(index, linear.plan.info.stage, *self._encoded(solved))
                 solved = []
         scales = {} if start is None or self.fp8 is None else self.fp8.scales(start, layer)
         del layer, start
         return_free_memory()
         self._finish_layer(index, calibration, scales, started=started)
 
-    def _keep_stage(self, index: int, stage: StageName, solved: Sequence[SolvedLinear]) -> None:
+    def _solve_head(self, plan: LinearPlan, calibration: LayerCalibration) -> None:
+        self.progress(events.PhaseStarted(name="output head", detail=f"{plan.info.out_features} rows"))
+        head = load_head(self.tensors, self.spec, dtype=self.dtype, device=self.device)
+        solved = solve_head(head, plan, calibration.measured_stream, calibration.settings)
+        self._tell_linear(solved)
+        self.steps.put_head(*self._encoded([solved]), self._shrunk.pop(self.spec.num_layers, ()))
+
+    def _encoded(self, solved: Sequence[SolvedLinear]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        """Return the tensors of solved linears as the checkpoint will hold them, and what is told about each."""
         tensors: dict[str, torch.Tensor] = {}
         linears = []
         for linear in solved:
@@ -223,7 +242,7 @@ class WeightJob:
                     damp_ratio=self.recipe.weights.damp_ratio,
                 )
             )
-        self.steps.put_stage(index, stage, tensors, linears)
+        return tensors, linears
 
     def _finish_layer(
         self, index: int, calibration: LayerCalibration, scales: dict[str, torch.Tensor], *, started: float
@@ -252,7 +271,7 @@ class WeightJob:
         self.progress(
             events.DecoderLayerFinished(index=index, seconds=seconds, output_error=error, peak_memory_bytes=peak_bytes)
         )
-        if index + 1 < self.spec.num_layers:
+        if index + 1 < self.spec.num_layers or self.head is not None:
             self._spills.keep(index, calibration)
 
     def _tell_linear(self, solved: SolvedLinear) -> None:
@@ -272,6 +291,9 @@ class WeightJob:
 
     def _plans_of(self, index: int) -> list[LinearPlan]:
         return [plan for plan in self.plans if plan.info.layer_index == index]
+
+    def _place(self, index: int) -> str:
+        return f"decoder layer {index}" if index < self.spec.num_layers else "output head"
 
     def _cost(self, index: int) -> dict[str, Any]:
         cost: dict[str, Any] = self.steps.require_layer(index).facts["cost"]

@@ -17,6 +17,7 @@ from optgptq.formats.fp8_scales import add_fp8_scheme, fp8_scheme
 from optgptq.formats.verify import verify_folder, verify_written
 from optgptq.fp8_measure import Fp8Measure
 from optgptq.job_record import JobRecord
+from optgptq.journal.entry import Entry
 from optgptq.layer_steps import LayerSteps, tensors_of
 from optgptq.layout import LinearLayout
 from optgptq.models.checks import check_inventory
@@ -48,6 +49,10 @@ def write_solved(
     norms: dict[str, torch.Tensor] = {}
     for index in range(num_layers):
         norms |= _write_layer(index, steps, writer, record)
+    if steps.head is not None:
+        head = steps.require_head()
+        _write_linears(head, writer, record)
+        record.warnings += head.facts["warnings"]
     written = ReplacedTensors(source=tensors, replacements=norms) if norms else tensors
     copy_dense(written, writer, layouts)
     writer.finish()
@@ -92,13 +97,16 @@ def verify_copy(folder: Path, source: TensorSource) -> None:
 def _write_layer(index: int, steps: LayerSteps, writer: ShardWriter, record: JobRecord) -> dict[str, torch.Tensor]:
     """Write a decoder layer and return its trained norms."""
     for stage in STAGE_NAMES:
-        entry = steps.require_stage(index, stage)
-        for facts in entry.facts["linears"]:
-            record.add_linear(facts)
-        for name, tensor in entry.tensors.items():
-            writer.write(name, tensor)
+        _write_linears(steps.require_stage(index, stage), writer, record)
     end = steps.require_layer(index)
     record.add_decoder_layer(end.facts)
     for name, tensor in tensors_of(end, "scales").items():
         writer.write(name, tensor)
     return tensors_of(end, "norms")
+
+
+def _write_linears(entry: Entry, writer: ShardWriter, record: JobRecord) -> None:
+    for facts in entry.facts["linears"]:
+        record.add_linear(facts)
+    for name, tensor in entry.tensors.items():
+        writer.write(name, tensor)

@@ -120,7 +120,7 @@ def test_what_is_stored_is_what_runs(bits: int, coefficients: str, models: dict[
         result.bits_per_weight
     )
     dense = load_model(result.output).hidden(TOKENS)
-    packed = load_model(result.output, weights="quantized").hidden(TOKENS)
+    packed = load_model(result.output, weights="exact").hidden(TOKENS)
     assert torch.allclose(dense, packed, rtol=1e-4, atol=1e-3)
 
 

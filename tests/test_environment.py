@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
+import sys
+
 import pytest
 
-from optgptq.environment import Environment, read_environment
+from optgptq.environment import Environment, loading_modules, read_environment
 from optgptq.errors import UsageError
 
 
@@ -61,3 +64,18 @@ def test_the_real_environment_is_read_each_time(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     assert not read_environment().offline
+
+
+@pytest.mark.parametrize(("present", "frozen"), [(False, True), (True, False)])
+def test_what_the_first_import_of_torch_makes_is_not_searched_for_cycles(
+    monkeypatch: pytest.MonkeyPatch, *, present: bool, frozen: bool
+) -> None:
+    monkeypatch.setattr(sys, "modules", {**sys.modules, "torch": sys} if present else {})
+    before = gc.get_freeze_count()
+    try:
+        with loading_modules():
+            assert gc.isenabled() is present
+        assert gc.isenabled()
+        assert (gc.get_freeze_count() > before) is frozen
+    finally:
+        gc.unfreeze()

@@ -85,6 +85,13 @@ def test_the_wheel_holds_nothing_else(wheel_names: frozenset[str]) -> None:
     assert {name for name in top_level if not name.endswith(".dist-info")} == set(PACKAGES.values())
 
 
+def test_every_source_of_the_native_library_is_listed(project: dict[str, Any]) -> None:
+    (module,) = project["tool"]["setuptools"]["ext-modules"]
+    folder = ROOT / "optgptq" / "native" / "source"
+    assert sorted(ROOT / name for name in module["sources"]) == sorted(folder.glob("*.cpp"))
+    assert sorted(ROOT / name for name in module["depends"]) == sorted(folder.glob("*.hpp"))
+
+
 def test_every_direct_dependency_is_pinned_once(project: dict[str, Any]) -> None:
     """`constraints.txt` decides what a clean clone gets: a dependency without a line there would drift."""
     extras = project["project"]["optional-dependencies"]

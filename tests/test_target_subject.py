@@ -12,6 +12,7 @@ import torch
 from support.checkpoints import STORY_LLAMA, mixed_story_layouts, quantize_all, story_layouts, write_checkpoint
 
 from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.checkpoint.manifest import MANIFEST_FILE
 from optgptq.models.registry import config_spec, model_spec
 from optgptq.recipe.loading import load_recipe
 from optgptq.target_subject import subject_of_folder, subject_of_plan
@@ -57,6 +58,16 @@ def test_a_recipe_before_the_job() -> None:
     assert subject.splits["model.layers.0.mlp.up_proj"] == "rows"
     assert len(subject.quantized) == 42
     assert all(ask(target.name, subject).loads for target in known_targets())
+
+
+def test_a_recipe_with_a_head_in_codes() -> None:
+    subject = planned("gptq-w4", SMALL, "head.bits=8", "head.group_size=32", "head.symmetric=false")
+    (head,) = [layout for layout in subject.quantized if layout.name == "lm_head"]
+    assert (head.bits, head.group_size, head.symmetric) == (8, 32, False)
+    assert ask("optgptq", subject).loads
+    assert settings_of(ask("vllm", subject)) == ("head.symmetric=true",)
+    expected = ("head.bits=null", "head.group_size=null", "head.symmetric=true")
+    assert settings_of(ask("vllm:humming", subject)) == expected
 
 
 def test_weights_that_stay_are_dense() -> None:
@@ -137,6 +148,18 @@ def test_a_lossless_conversion_is_suggested_where_it_is_enough(tmp_path: Path) -
         "weights.group_size=64",
         "weights.symmetric=true",
     )
+
+
+def test_what_the_recipe_of_a_folder_says_is_not_suggested_again(tmp_path: Path) -> None:
+    folder = written(tmp_path, "gptq", bits=3)
+    weights = {"bits": 3, "group_size": 64, "symmetric": True}
+    for section, expected in (
+        ({"export": {"format": "gptq"}, "weights": weights}, ("weights.bits=4",)),
+        ({"export": {"format": "planes"}, "weights": weights}, ("export.format=gptq", "weights.bits=4")),
+        (7, ("export.format=gptq", "weights.bits=4", "weights.group_size=64", "weights.symmetric=true")),
+    ):
+        (folder.path / MANIFEST_FILE).write_text(json.dumps({"recipe": section, "files": {}}))
+        assert settings_of(ask("sglang", subject_of_folder(CheckpointFolder.open(folder.path)))) == expected
 
 
 def test_a_wrong_label_is_seen_in_the_words(tmp_path: Path) -> None:

@@ -46,11 +46,14 @@ def random_llama(folder: Path, *, num_layers: int, shape: LlamaShape = WIDTH_102
         shutil.copyfile(bundled_path("story-llama") / name, path / name)
     save_file(_tensors(num_layers, shape, seed), path / "model.safetensors", metadata={"format": "pt"})
     # Last, since it marks the folder as complete.
-    (path / "config.json").write_text(json.dumps(_config(num_layers, shape), indent=2) + "\n", "utf-8")
+    (path / "config.json").write_text(json.dumps(llama_config(num_layers, shape), indent=2) + "\n", "utf-8")
     return path
 
 
-def _config(num_layers: int, shape: LlamaShape) -> dict[str, Any]:
+def llama_config(
+    num_layers: int, shape: LlamaShape, *, vocabulary: int = VOCABULARY, eps: float = 1e-6
+) -> dict[str, Any]:
+    """Return what `config.json` says of the model."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -67,10 +70,10 @@ def _config(num_layers: int, shape: LlamaShape) -> dict[str, Any]:
         "num_attention_heads": shape.num_heads,
         "num_hidden_layers": num_layers,
         "num_key_value_heads": shape.num_kv_heads,
-        "rms_norm_eps": 1e-6,
+        "rms_norm_eps": eps,
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
         "tie_word_embeddings": False,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
     }
 
 

@@ -21,7 +21,7 @@ from measure.tools import OURS, missing_peers, tool_names
 DATED_REPORTS = REPOSITORY / "docs" / "benchmarks"
 # What a shell shows of settings that change figures.
 SHOWN_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-FOLDER_OPTIONS = ("--work", "--peers", "--shared")
+FOLDER_OPTIONS = ("--work", "--peers", "--shared", "--keep", "--llama-python")
 FOLDER_ASSIGNMENTS = tuple(f"{option}=" for option in FOLDER_OPTIONS)
 
 

@@ -157,7 +157,9 @@ class LayerCalibration:
         """Return the relative error of the hidden states, None without a full-precision stream."""
         return None if self.full_precision is None else output_error(self.quantized, self.full_precision)
 
-    def _measured_stream(self) -> ActivationStream:
+    @property
+    def measured_stream(self) -> ActivationStream:
+        """The stream that moments are taken from."""
         if self.settings.measure_full_precision and self.full_precision is not None:
             return self.full_precision
         return self.quantized
@@ -175,7 +177,7 @@ class LayerCalibration:
                 reads=reads,
                 of_output=self.settings.shift.rule == "exact",
             )
-        stream = self._measured_stream()
+        stream = self.measured_stream
         measured_layer = layer if stream is self.quantized else original
         moment = self._moment(plans, stream)
         stream.measure(measured_layer, stage, moment, reads=reads, keep=stage == "down")
@@ -184,7 +186,7 @@ class LayerCalibration:
     def _measure_all(
         self, layer: DecoderLayer, stages: dict[StageName, list[LinearPlan]]
     ) -> dict[StageName, StageStatistics]:
-        stream = self._measured_stream()
+        stream = self.measured_stream
         moments = {stage: self._moment(plans, stream) for stage, plans in stages.items()}
         reads = {stage: plans[0].info.name for stage, plans in stages.items()}
         stream.measure_whole_layer(layer, moments, reads=reads)

@@ -19,7 +19,7 @@ def disk_error(path: Path, error: OSError) -> OptGPTQError:
             str(path),
             expected="room on the disk",
             found=error.strerror or str(error),
-            action="Free space, or choose an output folder on another disk; nothing half-written was left.",
+            action="Free space on that disk; nothing half-written was left.",
         )
     return OutputError(
         str(path),
@@ -46,5 +46,6 @@ def require_disk_space(folder: Path, num_bytes: int) -> None:
             str(folder),
             expected=f"{num_bytes / 1e6:,.1f} MB free for the output",
             found=f"{free / 1e6:,.1f} MB",
-            action="Free space, or choose an output folder on another disk.",
+            action="Free space and run the same command again. An output folder on another disk does as well, but "
+            "what an interrupted job has kept stays beside this one.",
         )

@@ -17,6 +17,7 @@ import torch
 
 from optgptq.checkpoint.paths import PICKLE_SUFFIXES, is_left_out, list_files, require_inside, require_plain_name
 from optgptq.checkpoint.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, parse_header
+from optgptq.checkpoint.source import tensor_info
 from optgptq.errors import ModelError
 
 CONFIG_FILE = "config.json"
@@ -82,14 +83,7 @@ class CheckpointFolder:
 
     def info(self, name: str) -> TensorInfo:
         """Return where tensor `name` is; ModelError if the checkpoint does not hold it."""
-        if name not in self.tensors:
-            raise ModelError(
-                f"{self.path}, tensor {name}",
-                expected="a tensor of that name",
-                found=f"none among {len(self.tensors)} tensors",
-                action="Check that the weights belong to config.json.",
-            )
-        return self.tensors[name]
+        return tensor_info(self, name, action="Check that the weights belong to config.json.")
 
     def read(self, name: str) -> torch.Tensor:
         """Return tensor `name` on the CPU, in its stored dtype and shape, in memory of its own.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from optgptq.checkpoint import holder
 from optgptq.checkpoint.disk import disk_error
 from optgptq.errors import OutputError
 
 LOCK_FILE = "lock"
-
-_logger = logging.getLogger(__name__)
+LOCK_FILES = (LOCK_FILE, holder.HOLDER_FILE)
 
 
 def work_folder(output: Path) -> Path:
@@ -30,19 +29,24 @@ def hold_lock(folder: Path) -> Iterator[None]:
         OutputError: another process holds it, or the folder cannot be made.
         CapacityError: the disk is full.
     """
-    descriptor = _acquire(folder)
+    descriptor, has_locks = _acquire(folder)
     try:
         yield
     finally:
         # Removed while the lock is held: whoever opened the file before finds that it is not the folder's any more.
         with suppress(OSError):
-            if os.listdir(folder) == [LOCK_FILE]:
+            is_empty = set(os.listdir(folder)) <= set(LOCK_FILES)
+            if is_empty:
                 os.unlink(folder / LOCK_FILE)
+            if not has_locks:
+                holder.release(folder)
+            if is_empty:
                 os.rmdir(folder)
         os.close(descriptor)
 
 
-def _acquire(folder: Path) -> int:
+def _acquire(folder: Path) -> tuple[int, bool]:
+    """Return the open lock file, and whether the file system's own lock holds it."""
     path = folder / LOCK_FILE
     while True:
         try:
@@ -53,16 +57,22 @@ def _acquire(folder: Path) -> int:
                 continue  # removed in between by the process that held it
             raise disk_error(folder, error) from error
         try:
-            _lock(folder, descriptor)
+            has_locks = _lock(folder, descriptor)
+            if not has_locks and not _take_holder(folder):
+                os.close(descriptor)
+                continue
             if _is_the_file(path, descriptor):
-                return descriptor
+                return descriptor, has_locks
+            if not has_locks:
+                holder.release(folder)
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
 
 
-def _lock(folder: Path, descriptor: int) -> None:
+def _lock(folder: Path, descriptor: int) -> bool:
+    """Return whether the file system has locks, and this process the one of the file."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -72,8 +82,20 @@ def _lock(folder: Path, descriptor: int) -> None:
             found="another one that is at work on it",
             action="Wait for it, stop it, or choose another output folder.",
         ) from error
+    except OSError:
+        return False
+    return True
+
+
+def _take_holder(folder: Path) -> bool:
+    """Return whether the lock could be taken; False where the folder went meanwhile."""
+    try:
+        holder.take(folder)
+    except FileNotFoundError:
+        return False
     except OSError as error:
-        _logger.warning("%s: the file system has no locks (%s); nothing keeps a second job away", folder, error)
+        raise disk_error(folder, error) from error
+    return True
 
 
 def _is_the_file(path: Path, descriptor: int) -> bool:

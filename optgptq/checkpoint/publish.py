@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optgptq.checkpoint.deferral import deferred_stop
-from optgptq.checkpoint.disk import disk_error, require_disk_space
+from optgptq.checkpoint.disk import disk_error, force_to_disk, require_disk_space
 from optgptq.checkpoint.exchange import exchange
 from optgptq.checkpoint.folder import CONFIG_FILE
 from optgptq.checkpoint.lock import hold_lock, work_folder
@@ -24,6 +24,7 @@ from optgptq.errors import OutputError
 __all__ = [
     "Staging",
     "open_staging",
+    "partial_folder",
     "recover_output",
     "require_disk_space",
     "require_free",
@@ -55,7 +56,7 @@ class Staging:
         """
         try:
             _sync_tree(self.path)
-            _sync(self.path.parent)
+            force_to_disk(self.path.parent)
         except OSError as error:
             raise disk_error(self.output, error) from error
 
@@ -75,7 +76,7 @@ class Staging:
                     self._replace()
                 else:
                     os.rename(self.path, self.output)
-                    _sync(self.output.parent)
+                    force_to_disk(self.output.parent)
             except OSError as error:
                 raise disk_error(self.output, error) from error
 
@@ -83,7 +84,7 @@ class Staging:
         require_free(self.output, overwrite=self.overwrite)
         old = self.path if exchange(self.path, self.output) else self._replace_in_two_steps()
         # Before the old one goes, a power cut must not be able to bring it back.
-        _sync(self.output.parent)
+        force_to_disk(self.output.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def _replace_in_two_steps(self) -> Path:
@@ -127,7 +128,7 @@ def open_staging(output: Path, *, overwrite: bool) -> Iterator[Staging]:
     Raises:
         OutputError, CapacityError: it cannot be made.
     """
-    path = _partial(output)
+    path = partial_folder(output)
     try:
         path.mkdir()
     except OSError as error:
@@ -149,10 +150,10 @@ def recover_output(output: Path) -> None:
     try:
         if os.path.lexists(aside) and not os.path.lexists(output):
             os.rename(aside, output)
-            _sync(output.parent)
+            force_to_disk(output.parent)
     except OSError as error:
         raise disk_error(output, error) from error
-    for path in (aside, _partial(output)):
+    for path in (aside, partial_folder(output)):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -222,7 +223,8 @@ def _exists(output: Path) -> OutputError:
     )
 
 
-def _partial(output: Path) -> Path:
+def partial_folder(output: Path) -> Path:
+    """Return the hidden folder in which `output` is made."""
     return output.with_name(f".{output.name}.partial")
 
 
@@ -233,13 +235,5 @@ def _aside(output: Path) -> Path:
 def _sync_tree(folder: Path) -> None:
     for current, _, files in os.walk(folder):
         for name in files:
-            _sync(Path(current) / name)
-        _sync(Path(current))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            force_to_disk(Path(current) / name)
+        force_to_disk(Path(current))

@@ -45,6 +45,18 @@ class TensorSource(Protocol):
         ...
 
 
+def tensor_info(source: TensorSource, name: str, *, action: str) -> TensorInfo:
+    """Return what is known of tensor `name` of `source`; ModelError with this `action` where there is none."""
+    if name not in source.tensors:
+        raise ModelError(
+            f"{source.path}, tensor {name}",
+            expected="a tensor of that name",
+            found=f"none among {len(source.tensors)} tensors",
+            action=action,
+        )
+    return source.tensors[name]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReplacedTensors:
     """A `TensorSource` of which some tensors have other values, in the dtype and shape that they have in `source`.
@@ -121,14 +133,7 @@ class HeldTensors:
 
     def info(self, name: str) -> TensorInfo:
         """Return dtype and shape of tensor `name`; ModelError if there is none."""
-        if name not in self.tensors:
-            raise ModelError(
-                f"{self.path}, tensor {name}",
-                expected="a tensor of that name",
-                found=f"none among {len(self.tensors)} tensors",
-                action="Start the job again; report it if it happens twice.",
-            )
-        return self.tensors[name]
+        return tensor_info(self, name, action="Start the job again; report it if it happens twice.")
 
     def read(self, name: str) -> torch.Tensor:
         """Return tensor `name` on the CPU, in memory of its own."""

@@ -1,7 +1,8 @@
 """Outcomes of gates as JUnit XML, which CI systems show beside their tests.
 
 One `testsuite` with a `testcase` for each gate: a `failure` where the gate was missed, an `error` where there is no
-figure.
+figure. Without gates, and where the job itself failed, the case `job` tells how it ended: CI systems take an empty
+suite for tests that did not run.
 Source: the XML schema of JUnit reports that Jenkins publishes with its xUnit plugin.
 """
 
@@ -20,12 +21,18 @@ from optgptq.checkpoint.disk import disk_error, force_to_disk
 from optgptq.evaluation.gates import GateOutcome
 
 _SUITE = "optgptq.gates"
+_JOB = "job"
 # Outside the characters that XML 1.0 allows (section 2.2), whatever way they are spelled.
 _NOT_XML = regex.compile("[^\t\n\r\\u0020-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
 
 
 def junit_xml(
-    outcomes: Sequence[GateOutcome], *, properties: Mapping[str, object], seconds: float, suite: str = _SUITE
+    outcomes: Sequence[GateOutcome],
+    *,
+    properties: Mapping[str, object],
+    seconds: float,
+    suite: str = _SUITE,
+    problem: str = "",
 ) -> bytes:
     """Return a report of `outcomes` as UTF-8.
 
@@ -34,16 +41,20 @@ def junit_xml(
         properties: names and values that stand in front of the cases, such as measured figures.
         seconds: what all of it took.
         suite: name of the suite, and the class of its cases.
+        problem: what the job failed with before its gates could be judged.
     """
+    tells_job = bool(problem) or not outcomes
     failures = sum(not outcome.passed and outcome.problem is None for outcome in outcomes)
-    errors = sum(outcome.problem is not None for outcome in outcomes)
-    counts = {"tests": str(len(outcomes)), "failures": str(failures), "errors": str(errors)}
+    errors = sum(outcome.problem is not None for outcome in outcomes) + bool(problem)
+    counts = {"tests": str(len(outcomes) + tells_job), "failures": str(failures), "errors": str(errors)}
     root = ElementTree.Element("testsuites", {"name": _text(suite), **counts, "time": _seconds(seconds)})
     attributes = {"name": _text(suite), **counts, "skipped": "0", "time": _seconds(seconds)}
     element = ElementTree.SubElement(root, "testsuite", attributes)
     shown = ElementTree.SubElement(element, "properties")
     for name, value in {**properties, **_figures(outcomes)}.items():
         ElementTree.SubElement(shown, "property", {"name": _text(name), "value": _text(value)})
+    if tells_job:
+        _add_job(element, problem, suite=suite, seconds=seconds)
     for outcome in outcomes:
         _add_case(element, outcome, suite)
     ElementTree.indent(root)
@@ -84,6 +95,15 @@ def _figures(outcomes: Sequence[GateOutcome]) -> dict[str, object]:
         if outcome.where is not None:
             figures[f"{outcome.name}.where"] = outcome.where
     return figures
+
+
+def _add_job(suite_element: ElementTree.Element, problem: str, *, suite: str, seconds: float) -> None:
+    attributes = {"name": _JOB, "classname": _text(suite), "time": _seconds(seconds)}
+    case = ElementTree.SubElement(suite_element, "testcase", attributes)
+    if problem:
+        _add_problem(case, "error", kind="JobError", message=problem, text=problem)
+    else:
+        ElementTree.SubElement(case, "system-out").text = "complete; no gate was asked for"
 
 
 def _add_case(suite_element: ElementTree.Element, outcome: GateOutcome, suite: str) -> None:

@@ -16,8 +16,9 @@ from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import InputError, OptGPTQError
 from optgptq.evaluation.gates import Figure, Gate
 from optgptq.formats import detect
-from optgptq.models.inventory import model_linears
+from optgptq.models.inventory import head_linear, model_linears
 from optgptq.models.registry import model_spec
+from optgptq.plain_numbers import is_number
 
 _ROUNDING = "rtn"
 _OLD_RECORD = (
@@ -28,18 +29,20 @@ _OLD_RECORD = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredLinear:
-    """A linear of a decoder layer, as a checkpoint stores it.
+    """A linear of a decoder layer, or the head, as a checkpoint stores it.
 
     Attributes:
         name: full module name.
         out_features, in_features: rows and columns.
         is_dense: it is not stored in codes.
+        is_head: it is the output head.
     """
 
     name: str
     out_features: int
     in_features: int
     is_dense: bool
+    is_head: bool = False
 
     @property
     def num_weights(self) -> int:
@@ -47,7 +50,9 @@ class StoredLinear:
 
 
 def stored_linears(folder: CheckpointFolder) -> tuple[StoredLinear, ...]:
-    """Return every linear of every decoder layer; headers and JSON are read, weights are not.
+    """Return every linear of every decoder layer, and the head where it is in codes.
+
+    Headers and JSON are read, weights are not.
 
     Raises:
         ModelError: the architecture is not known.
@@ -56,14 +61,17 @@ def stored_linears(folder: CheckpointFolder) -> tuple[StoredLinear, ...]:
     form = detect(folder)
     layouts = () if form is None else form.read_layouts(folder)
     in_codes = {layout.name for layout in layouts if layout.bits is not None}
+    spec = model_spec(folder)
+    heads = [head for head in (head_linear(spec),) if head.name in in_codes]
     return tuple(
         StoredLinear(
             name=linear.name,
             out_features=linear.out_features,
             in_features=linear.in_features,
             is_dense=linear.name not in in_codes,
+            is_head=linear.stage == "head",
         )
-        for linear in model_linears(model_spec(folder))
+        for linear in (*model_linears(spec), *heads)
     )
 
 
@@ -75,7 +83,7 @@ def recorded_figures(
     Args:
         gates: gates that are measured are passed over.
         record: content of the manifest; empty for a checkpoint without one.
-        linears: of the checkpoint's decoder layers.
+        linears: as `stored_linears` returns them.
     """
     known = tuple(linears)
     figures: dict[str, Figure | OptGPTQError] = {}
@@ -133,29 +141,37 @@ def _fewest_tokens(record: Mapping[str, Any], linears: Linears) -> Figure:
 
 
 def _dense_share(record: Mapping[str, Any], linears: Linears) -> Figure:
-    dense = {linear.name: linear.num_weights for linear in linears if linear.is_dense}
-    return Figure(value=_share(dense, linears), where=_largest(dense))
+    inner = tuple(linear for linear in linears if not linear.is_head)
+    dense = {linear.name: linear.num_weights for linear in inner if linear.is_dense}
+    return Figure(value=_share(dense, inner), where=_largest(dense))
 
 
 def _rtn_share(record: Mapping[str, Any], linears: Linears) -> Figure:
     """Weights rounded to nearest against the recipe's method: whole linears, and columns that no token reached."""
-    recipe = record.get("recipe")
-    weights = recipe.get("weights") if isinstance(recipe, Mapping) else None
-    method = weights.get("method") if isinstance(weights, Mapping) else None
-    if not isinstance(method, str):
-        raise _missing("recipe.weights.method", found=repr(method))
+    method = _asked_method(record, "weights")
     by_name = {linear.name: linear for linear in linears}
     rounded: dict[str, float] = {}
-    for entry in [] if method == _ROUNDING else _entries(record, "layers"):
+    for entry in _entries(record, "layers"):
         name = _name(entry)
         if name not in by_name:
             raise _missing("layers", found=f"{name}, which the checkpoint does not have")
+        if (_asked_method(record, "head") if by_name[name].is_head else method) == _ROUNDING:
+            continue
         if not isinstance(entry.get("method"), str):
             raise _missing(f"layers, {name}: method", found=repr(entry.get("method")))
         is_rounded = entry["method"] == _ROUNDING
         columns = by_name[name].in_features if is_rounded else _number(entry, "num_dead_inputs")
         rounded[name] = columns * by_name[name].out_features
     return Figure(value=_share(rounded, linears), where=_largest(rounded))
+
+
+def _asked_method(record: Mapping[str, Any], section: str) -> str:
+    recipe = record.get("recipe")
+    values = recipe.get(section) if isinstance(recipe, Mapping) else None
+    method = values.get("method") if isinstance(values, Mapping) else None
+    if not isinstance(method, str):
+        raise _missing(f"recipe.{section}.method", found=repr(method))
+    return method
 
 
 _READERS: Mapping[str, _Reader] = MappingProxyType(
@@ -187,7 +203,7 @@ def _name(entry: Mapping[str, Any]) -> str:
 
 def _number(entry: Mapping[str, Any], key: str) -> float:
     value = entry.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not isinstance(value, float) and not is_number(value):  # a gate fails on an infinite value, and takes it
         place = _name(entry) if "name" in entry else f"decoder layer {entry.get('index')}"
         raise _missing(f"{place}: {key}", found="none" if value is None else repr(value)[:40])
     return float(value)

@@ -11,7 +11,7 @@ from typing import Any
 
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import FormatError, TargetError
-from optgptq.formats.naming import engine_names, exact_patterns, matches
+from optgptq.formats.naming import engine_names, exact_patterns, is_outer, matches
 from optgptq.layout import LinearLayout
 
 PACKED = "pack-quantized"
@@ -45,14 +45,21 @@ def compressed_tensors_config(layouts: Sequence[LinearLayout]) -> dict[str, Any]
     for number, scheme in enumerate(schemes):
         members = [layout for layout in quantized if _scheme_of(layout) == scheme]
         patterns = exact_patterns(engine_names(members))
-        targets = ["Linear"] if len(schemes) == 1 else [f"{REGEX}{pattern}" for pattern in patterns]
+        targets = [f"{REGEX}{pattern}" for pattern in patterns]
+        if len(schemes) == 1:
+            # Engines build heads of a class of their own, so that these are named beside the class.
+            heads = exact_patterns(layout.name for layout in members if is_outer(layout.name))
+            targets = ["Linear", *(f"{REGEX}{pattern}" for pattern in heads)]
         groups[f"group_{number}"] = _group(scheme, targets)
     return {
         "quant_method": "compressed-tensors",
         "format": PACKED,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": sorted({"lm_head", *(layout.name for layout in layouts if layout.bits is None)}),
+        "ignore": sorted(
+            ({"lm_head"} | {layout.name for layout in layouts if layout.bits is None})
+            - {layout.name for layout in quantized}
+        ),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},

@@ -13,7 +13,7 @@ from typing import Any
 from optgptq import __version__
 from optgptq.checkpoint.folder import CheckpointFolder, read_json_object
 from optgptq.errors import FormatError, TargetError
-from optgptq.formats.naming import engine_names, exact_patterns, matches
+from optgptq.formats.naming import engine_names, exact_patterns, is_outer, matches
 from optgptq.layout import LinearLayout
 
 QUANTIZE_CONFIG_FILE = "quantize_config.json"
@@ -64,7 +64,7 @@ def gptq_config(layouts: Sequence[LinearLayout], *, label: str) -> dict[str, Any
         "desc_act": False,
         "checkpoint_format": label,
         "format": label,
-        "lm_head": False,
+        "lm_head": any(is_outer(name) for name in settings),
         "pack_dtype": "int32",
     }
     rules = _rules(layouts, base)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from optgptq.errors import FormatError
+from optgptq.plain_numbers import is_number
 
 _Text = TypeVar("_Text", bound=str)
 _ACTION = (
@@ -58,10 +59,10 @@ class Fields:
         return value
 
     def number(self, field: str, *, default: float) -> float:
-        """Return a number; NaN is none."""
+        """Return a number."""
         value = self.raw(field)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        if not is_number(value):
             raise self.refusal(field, value, expected="a number")
         return float(value)
 

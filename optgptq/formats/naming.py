@@ -58,6 +58,11 @@ def engine_names(layouts: Iterable[LinearLayout]) -> list[str]:
     return sorted({name for layout in layouts for name in (layout.name, layout.fused_name or layout.name)})
 
 
+def is_outer(name: str) -> bool:
+    """True if linear `name` is in no decoder layer: quantized ones there are output heads."""
+    return not any(part.isascii() and part.isdecimal() for part in name.split("."))
+
+
 def matches(pattern: str, name: str, *, where: str) -> bool:
     """True if `pattern`, taken from a foreign file, matches from the start of `name`.
 

@@ -87,6 +87,19 @@ def read_entry(path: Path) -> Entry | None:
     return Entry(tensors, facts) if whole and isinstance(facts, dict) else None
 
 
+def has_all_bytes(path: Path) -> bool:
+    """Say whether the file is as long as its header says: cheap at any size; a hash alone tells that it is whole."""
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+            if length > MAX_HEADER_BYTES:
+                return False
+            parse_header(stream.read(length), file=path.name, file_bytes=os.fstat(stream.fileno()).st_size)
+    except (OSError, ModelError):
+        return False
+    return True
+
+
 def _digest(facts: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(facts.encode())
     for name, tensor in tensors.items():

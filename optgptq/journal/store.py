@@ -19,10 +19,10 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from optgptq.checkpoint.disk import disk_error
-from optgptq.checkpoint.lock import LOCK_FILE, hold_lock
+from optgptq.checkpoint.disk import disk_error, force_to_disk
+from optgptq.checkpoint.lock import LOCK_FILES, hold_lock
 from optgptq.errors import OutputError
-from optgptq.journal.entry import SUFFIX, Entry, read_entry, write_entry
+from optgptq.journal.entry import SUFFIX, Entry, has_all_bytes, read_entry, write_entry
 
 _logger = logging.getLogger(__name__)
 
@@ -38,6 +38,9 @@ class Steps(Protocol):
 
     def put(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Keep a finished step; CapacityError or OutputError where it cannot be written."""
+
+    def forget(self, name: str) -> None:
+        """Drop a step, if it is there; OutputError where it cannot be removed."""
 
     def sync(self) -> None:
         """Force everything that was put to disk: from here on a power cut does not take it."""
@@ -55,6 +58,9 @@ class NothingKept:
 
     def put(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         del name, tensors, facts
+
+    def forget(self, name: str) -> None:
+        del name
 
     def sync(self) -> None:
         return
@@ -90,10 +96,10 @@ class Journal:
         try:
             partial = self.path / f"{KEY_FILE}.partial"
             partial.write_text(json.dumps(key, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            _sync(partial)
+            force_to_disk(partial)
             os.replace(partial, self.path / KEY_FILE)
-            _sync(self.path)
-            _sync(self.path.parent)
+            force_to_disk(self.path)
+            force_to_disk(self.path.parent)
         except OSError as error:
             raise disk_error(self.path, error) from error
         self.key = key
@@ -107,7 +113,6 @@ class Journal:
         self._unsynced.add(path)
 
     def forget(self, name: str) -> None:
-        """Drop a step, if it is there; OutputError where it cannot be removed."""
         path = self._file(name)
         self._unsynced.discard(path)
         try:
@@ -118,8 +123,8 @@ class Journal:
     def sync(self) -> None:
         try:
             for path in sorted(self._unsynced):
-                _sync(path)
-            _sync(self.path)
+                force_to_disk(path)
+            force_to_disk(self.path)
         except OSError as error:
             raise disk_error(self.path, error) from error
         self._unsynced.clear()
@@ -145,6 +150,10 @@ class Journal:
             path.stem for path in self.path.iterdir() if path.suffix == SUFFIX and path.name.startswith(prefix)
         )
 
+    def has_all_bytes(self, name: str) -> bool:
+        """Say whether a step's file is as long as it must be, which is known without reading it."""
+        return has_all_bytes(self._file(name))
+
     def remove(self) -> None:
         """Remove every step: the job is done, or has nothing that is worth keeping. The folder goes with its lock.
 
@@ -162,9 +171,9 @@ class Journal:
     def _drop(self) -> None:
         (self.path / KEY_FILE).unlink(missing_ok=True)
         # Before any step goes: a power cut must not bring the file back without them.
-        _sync(self.path)
+        force_to_disk(self.path)
         for path in self.path.iterdir():
-            if path.name == LOCK_FILE:
+            if path.name in LOCK_FILES:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -189,6 +198,9 @@ class _Scope:
 
     def put(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         self._steps.put(f"{self._prefix}.{name}", tensors, facts)
+
+    def forget(self, name: str) -> None:
+        self._steps.forget(f"{self._prefix}.{name}")
 
     def sync(self) -> None:
         self._steps.sync()
@@ -221,7 +233,7 @@ def _require_ours(path: Path) -> None:
     """Raise OutputError where a folder that belongs to no job holds something that must not be dropped unasked."""
     names = sorted(entry.name for entry in path.iterdir())
     steps = [name for name in names if name.endswith(SUFFIX)]
-    written = (LOCK_FILE, KEY_FILE, f"{KEY_FILE}.partial")
+    written = (*LOCK_FILES, KEY_FILE, f"{KEY_FILE}.partial")
     others = [name for name in names if not name.removesuffix(".partial").endswith(SUFFIX) and name not in written]
     if others or (steps and KEY_FILE in names):
         raise OutputError(
@@ -239,11 +251,3 @@ def read_key(path: Path) -> Mapping[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return key if isinstance(key, dict) else None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

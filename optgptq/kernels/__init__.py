@@ -14,9 +14,15 @@ import torch
 
 from optgptq.affine_weight import AffineWeight
 from optgptq.kernels.binary import binary_matmul
+from optgptq.kernels.native_affine import NativeAffine, exact_affine_matmul, native_affine_matmul, takes_native
+from optgptq.kernels.native_binary import NativeBinary, exact_binary_matmul, native_binary_matmul
 from optgptq.kernels.packed_affine import PackedAffine
 from optgptq.kernels.packed_binary import PackedBinary
 from optgptq.kernels.reference import affine_matmul
+from optgptq.native.products import product_paths
+
+# Said where plain torch runs on a processor.
+_LOST_NATIVE = "the compiled products, many times as fast, are not there: install where there is a C++ compiler"
 
 Weight = TypeVar("Weight")
 WeightTaken = TypeVar("WeightTaken", contravariant=True)
@@ -28,8 +34,8 @@ class Matmul(Protocol[WeightTaken]):
     def __call__(self, x: torch.Tensor, weight: WeightTaken, *, bias_O: torch.Tensor | None = None) -> torch.Tensor: ...
 
 
-AffineMatmul = Matmul[AffineWeight] | Matmul[PackedAffine]
-BinaryMatmul = Matmul[PackedBinary]
+AffineMatmul = Matmul[AffineWeight] | Matmul[PackedAffine] | Matmul[NativeAffine]
+BinaryMatmul = Matmul[PackedBinary] | Matmul[NativeBinary]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +60,18 @@ class KernelChoice(Generic[Weight]):
 
 
 def choose_affine_matmul(
-    device: torch.device, dtype: torch.dtype
-) -> KernelChoice[AffineWeight] | KernelChoice[PackedAffine]:
+    device: torch.device, dtype: torch.dtype, *, exact: bool = False
+) -> KernelChoice[AffineWeight] | KernelChoice[PackedAffine] | KernelChoice[NativeAffine]:
     """Return the kernel that multiplies with affine weights on `device` in `dtype`; plain torch runs anywhere.
 
     That of triton runs on CUDA and HIP devices, both of which torch calls `cuda`; triton is imported here, if at all.
+    The compiled one of a processor rounds activations to 8 bits, unless they have to stay `exact`.
     """
     plain = f"plain torch (dequantize, then matmul) on {_place(device, dtype)}"
+    if takes_native(device, dtype):
+        return _native_affine_matmul(_place(device, dtype), exact=exact)
     if device.type != "cuda":
-        return _plain_affine_matmul(f"{plain}: the only kernel for this device", is_makeshift=False)
+        return _plain_affine_matmul(f"{plain}: {_LOST_NATIVE}", is_makeshift=device.type == "cpu")
     if dtype not in (torch.float16, torch.bfloat16):
         return _plain_affine_matmul(f"{plain}: the triton kernel takes float16 and bfloat16", is_makeshift=True)
     if find_spec("triton") is None:
@@ -81,6 +90,16 @@ def choose_affine_matmul(
     )
 
 
+def _native_affine_matmul(place: str, *, exact: bool) -> KernelChoice[NativeAffine]:
+    return KernelChoice(
+        operation="affine_matmul",
+        name=product_paths()[0],
+        reason=f"compiled products with packed codes on {place}, {_numbers(exact=exact)}",
+        call=exact_affine_matmul if exact else native_affine_matmul,
+        weight_type=NativeAffine,
+    )
+
+
 def _plain_affine_matmul(reason: str, *, is_makeshift: bool) -> KernelChoice[AffineWeight]:
     return KernelChoice(
         operation="affine_matmul",
@@ -92,14 +111,19 @@ def _plain_affine_matmul(reason: str, *, is_makeshift: bool) -> KernelChoice[Aff
     )
 
 
-def choose_binary_matmul(device: torch.device, dtype: torch.dtype) -> KernelChoice[PackedBinary]:
+def choose_binary_matmul(
+    device: torch.device, dtype: torch.dtype, *, exact: bool = False
+) -> KernelChoice[PackedBinary] | KernelChoice[NativeBinary]:
     """Return the kernel that multiplies with sign planes on `device` in `dtype`.
 
     That of triton runs on CUDA and HIP devices, both of which torch calls `cuda`; triton is imported here, if at all.
+    The compiled one of a processor rounds activations to 8 bits, unless they have to stay `exact`.
     """
     plain = f"plain torch (unpack a few rows, then matmul) on {_place(device, dtype)}"
+    if takes_native(device, dtype):
+        return _native_binary_matmul(_place(device, dtype), exact=exact)
     if device.type != "cuda":
-        return _plain_binary_matmul(f"{plain}: the only kernel for this device", is_makeshift=False)
+        return _plain_binary_matmul(f"{plain}: {_LOST_NATIVE}", is_makeshift=device.type == "cpu")
     if dtype not in (torch.float16, torch.bfloat16):
         return _plain_binary_matmul(f"{plain}: the triton kernel takes float16 and bfloat16", is_makeshift=True)
     if find_spec("triton") is None:
@@ -117,6 +141,22 @@ def choose_binary_matmul(device: torch.device, dtype: torch.dtype) -> KernelChoi
     )
 
 
+def _native_binary_matmul(place: str, *, exact: bool) -> KernelChoice[NativeBinary]:
+    return KernelChoice(
+        operation="binary_matmul",
+        name=product_paths()[0],
+        reason=f"compiled products with sign planes on {place}, {_numbers(exact=exact)}",
+        call=exact_binary_matmul if exact else native_binary_matmul,
+        weight_type=NativeBinary,
+    )
+
+
+def choose_any_binary_matmul(device: torch.device, dtype: torch.dtype) -> KernelChoice[PackedBinary]:
+    """Return the kernel for weights that the chosen one does not take: planes in words, by plain torch."""
+    reason = f"plain torch (unpack a few rows, then matmul) on {_place(device, dtype)}: takes any number of planes"
+    return _plain_binary_matmul(reason, is_makeshift=True)
+
+
 def _plain_binary_matmul(reason: str, *, is_makeshift: bool) -> KernelChoice[PackedBinary]:
     return KernelChoice(
         operation="binary_matmul",
@@ -126,6 +166,10 @@ def _plain_binary_matmul(reason: str, *, is_makeshift: bool) -> KernelChoice[Pac
         weight_type=PackedBinary,
         is_makeshift=is_makeshift,
     )
+
+
+def _numbers(*, exact: bool) -> str:
+    return "activations as they are" if exact else "activations in 8 bits with a scale for each 32"
 
 
 def _place(device: torch.device, dtype: torch.dtype) -> str:

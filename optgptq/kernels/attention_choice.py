@@ -11,6 +11,9 @@ from optgptq.kernels import paged_attention as plain
 from optgptq.kernels.fast_attention import takes_triton, what_is_lost
 from optgptq.kernels.paged_attention import PagedBatch, ScoreRule
 from optgptq.native import paged_attention as native
+from optgptq.native.joint_attention import JointAttention, JointStep
+
+__all__ = ["AttentionChoice", "JointAttention", "JointStep", "PagedAttention", "StoreTokens", "choose_attention"]
 
 StoreTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """`key_TKD, value_TKD, keys_ZKDY, values_ZKYD, slot_T`."""
@@ -29,6 +32,7 @@ class AttentionChoice:
         attend: reads them.
         rows_are_independent: a token's result has the same bits in every step, whatever else is in it.
         can_be_recorded: nothing is read back from the device, so a graph can hold it.
+        joint: attends from a joint projection on, in one call; None where nothing does.
         is_makeshift: there is a faster one for the device, which cannot run here; worth a warning.
     """
 
@@ -38,6 +42,7 @@ class AttentionChoice:
     attend: PagedAttention
     rows_are_independent: bool
     can_be_recorded: bool = False
+    joint: type[JointAttention] | None = None
     is_makeshift: bool = False
 
 
@@ -54,6 +59,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) ->
             store=native.store_tokens,
             attend=native.paged_attention,
             rows_are_independent=True,
+            joint=JointAttention,
         )
     if takes_triton(device, dtype, head_dim):
         from optgptq.kernels import triton_attention

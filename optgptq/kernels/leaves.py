@@ -1,12 +1,19 @@
-"""What lies between the products of a layer, on GPUs: one launch instead of several, where triton is there."""
+"""What lies between the products of a layer: one launch or call instead of several operations of torch.
+
+On GPUs triton has it, for every model. On a processor the compiled library has it for models that run: quantization
+keeps to torch there, whose order of sums decides the last bits of what is calibrated.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
 
 import torch
+
+from optgptq.native import leaves as native
 
 
 class Leaves(Protocol):
@@ -19,6 +26,30 @@ class Leaves(Protocol):
     ) -> None: ...
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor: ...
+
+
+class SumNorm(Protocol):
+    """An RMS norm, of a sum where it is given a residual; `optgptq.native.leaves` says more."""
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+class RunningLeaves(Protocol):
+    """What a running model needs of `optgptq.native.leaves`."""
+
+    @property
+    def GATED_KINDS(self) -> Mapping[str, int]: ...  # noqa: N802 - the name that the module has
+
+    def SumNorm(self, weight: torch.Tensor | None, size: int, eps: float) -> SumNorm: ...  # noqa: N802
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor: ...
+
+    def joint_gated(self, joint: torch.Tensor, kind: str) -> torch.Tensor: ...
+
+
+def running_leaves(device: torch.device, dtype: torch.dtype) -> RunningLeaves | None:
+    """Return what a model that runs on `device` in `dtype` has between its products; None: what `leaves_for` gives."""
+    return native if native.takes_leaves(device, dtype) else None
 
 
 def leaves_for(x: torch.Tensor) -> Leaves | None:

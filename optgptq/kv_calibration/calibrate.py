@@ -29,7 +29,7 @@ from optgptq.kv_calibration.search import search_layer
 from optgptq.kv_calibration.settings import CacheCalibrationSettings
 from optgptq.kv_calibration.statistics import measure_layer
 from optgptq.models.attention import attention_context
-from optgptq.models.loading import load_embedding, load_head
+from optgptq.models.loading import SupplyLinear, load_embedding, load_head
 from optgptq.models.spec import DecoderSpec
 
 _NOTHING = LayerParameters(keys=SideParameters(), values=SideParameters())
@@ -51,6 +51,7 @@ class StreamedModel:
         dtype: of activations.
         device: where it runs.
         store: keeps activations between two decoder layers.
+        supply_head: gives the head where it is not dense.
     """
 
     source: TensorSource
@@ -59,6 +60,7 @@ class StreamedModel:
     dtype: torch.dtype
     device: torch.device
     store: ActivationStore = field(default_factory=MemoryStore)
+    supply_head: SupplyLinear | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -178,7 +180,7 @@ def _walk(
         chosen, plain = (LayerQuantizer.of(scheme, each, model.device) for each in (layer[0], _NOTHING))
         chains.advance(chosen, plain)
         found.append(layer)
-    head = load_head(model.source, model.spec, dtype=model.dtype, device=model.device)
+    head = load_head(model.source, model.spec, dtype=model.dtype, device=model.device, supply_linear=model.supply_head)
     calibrated, rounded = (
         mean_divergence(
             head, hidden_of(chains.ahead[0]), hidden_of(kept), [batch.valid_BS for batch in chains.held_out]

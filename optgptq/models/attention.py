@@ -16,6 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 from optgptq.errors import ModelError
 from optgptq.models.rope import RopeTable, rope_table
 from optgptq.models.spec import AlibiSpec, DecoderSpec, RopeSpec
+from optgptq.native.causal_attention import attends_causally
+from optgptq.native.causal_attention import causal_attention as native_causal_attention
 
 # Queries per step where scores or a bias must be built explicitly: bounds them to N * 256 * T numbers.
 _QUERY_CHUNK = 256
@@ -39,6 +41,15 @@ class Attend(Protocol):
     ) -> torch.Tensor: ...
 
 
+class AttendJoint(Protocol):
+    """Attention from a joint projection on: `[B, S, (N + 2 K) D]`, heads of queries, of keys, of values.
+
+    Norms of heads, rotary positions and the storing of keys and values are part of it; the result is `[B, S, N * D]`.
+    """
+
+    def __call__(self, layer_index: int, joint_BSO: torch.Tensor, /) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class AttentionContext:
     """Shared by all layers and batches of one forward pass; make it with `attention_context`.
@@ -47,11 +58,13 @@ class AttentionContext:
         positions: int64 `[S]`, or `[B, S]` where sequences are at different places.
         rope_tables: one table per distinct rotary spec of the model.
         attend: replaces `self_attention`, for a cache.
+        attend_joint: does the same for layers that have a joint projection; None: these are taken apart.
     """
 
     positions: torch.Tensor
     rope_tables: Mapping[RopeSpec, RopeTable]
     attend: Attend
+    attend_joint: AttendJoint | None = None
 
 
 def attention_context(
@@ -123,12 +136,15 @@ def causal_attention(
     windowed = layer.sliding_window is not None and layer.sliding_window < num_keys
     grouped = spec.num_kv_heads != spec.num_heads
     if spec.alibi is None and spec.attention_softcap is None and not windowed and num_queries in (1, num_keys):
+        scale = layer.attention_scale
+        if num_queries > 1 and attends_causally(query_BNSD, key_BKTD, value_BKTD, scale=scale):
+            return native_causal_attention(query_BNSD, key_BKTD, value_BKTD, scale=scale)
         return F.scaled_dot_product_attention(
             query_BNSD,
             key_BKTD,
             value_BKTD,
             is_causal=num_queries > 1,
-            scale=layer.attention_scale,
+            scale=scale,
             enable_gqa=grouped,
         )
     outputs = []

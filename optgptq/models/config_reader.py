@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optgptq.errors import ModelError
+from optgptq.plain_numbers import is_number
 
 # A key that no family read and whose name speaks of arithmetic is refused: ignoring it could give another model.
 _SUSPICIOUS = re.compile(
@@ -97,7 +97,7 @@ class ConfigReader:
     def number(self, *keys: str, default: float | None = None) -> float:
         """Return the first key that has a value."""
         value = self._first(keys, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+        if not is_number(value):
             raise self.refusal(keys[0], value, expected="a number")
         return float(value)
 
@@ -161,8 +161,3 @@ class ConfigReader:
         # All spellings count as read, so that two spellings of one value are not called unknown.
         values = [self.raw(key) for key in keys]
         return next((value for value in values if value is not None), default)
-
-
-def _is_finite(value: int | float) -> bool:
-    # A whole number in JSON can be longer than any float.
-    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**1000

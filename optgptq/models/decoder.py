@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from optgptq.checkpoint.source import TensorSource
+from optgptq.memory import return_free_memory
 from optgptq.models.attention import AttentionContext, attention_context
 from optgptq.models.checks import check_inventory
 from optgptq.models.ends import Embedding, Head
@@ -80,14 +81,18 @@ def load_decoder(
     spec = model_spec(folder)
     check_inventory(folder, spec, supplied=supplied)
     embedding = load_embedding(folder, spec, dtype=dtype, device=device)
+    # Before the layers: what is in memory only while it is read is gone when they come.
+    head = load_head(folder, spec, embedding=embedding, dtype=dtype, device=device, supply_linear=supply_linear)
+    layers = []
+    for index in range(spec.num_layers):
+        layers.append(load_layer(folder, spec, index, dtype=dtype, device=device, supply_linear=supply_linear))
+        if supply_linear is not None:
+            return_free_memory()
     return Decoder(
         spec=spec,
         embedding=embedding,
-        layers=[
-            load_layer(folder, spec, index, dtype=dtype, device=device, supply_linear=supply_linear)
-            for index in range(spec.num_layers)
-        ],
-        head=load_head(folder, spec, embedding=embedding, dtype=dtype, device=device),
+        layers=layers,
+        head=head,
         dtype=dtype,
         device=torch.device(device),
     )

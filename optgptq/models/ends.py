@@ -63,12 +63,14 @@ class Head:
     norm: Norm | None = None
     project_out_EM: torch.Tensor | None = None
 
+    def project_input(self, hidden_BSM: torch.Tensor) -> torch.Tensor:
+        """Return what `project` reads, `[..., E]`."""
+        hidden = hidden_BSM if self.norm is None else self.norm(hidden_BSM)
+        return hidden if self.project_out_EM is None else F.linear(hidden, self.project_out_EM)
+
     def logits(self, hidden_BSM: torch.Tensor) -> torch.Tensor:
         """Return float32 logits `[B, S, V]`; any number of leading dimensions works."""
-        hidden = hidden_BSM if self.norm is None else self.norm(hidden_BSM)
-        if self.project_out_EM is not None:
-            hidden = F.linear(hidden, self.project_out_EM)
-        logits = self.project(hidden).float()
+        logits = self.project(self.project_input(hidden_BSM)).float()
         if self.spec.logit_scale is not None:
             logits = logits.mul_(self.spec.logit_scale)
         if self.spec.logit_softcap is not None:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optgptq.models.spec import STAGE_NAMES, DecoderSpec, StageName
+from optgptq.models.spec import STAGE_NAMES, DecoderSpec, Place, StageName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearInfo:
-    """One linear inside a decoder layer.
+    """One linear inside a decoder layer, or the output head behind them.
 
     Attributes:
         name: full module name.
-        layer_index: its decoder layer.
-        stage: its stage.
-        local_name: name relative to the decoder layer.
+        layer_index: its decoder layer; the head's is the number of decoder layers.
+        stage: its stage, or `head`.
+        local_name: name relative to the decoder layer; the head's is its full name.
         out_features, in_features: `O` and `I`, whatever way the checkpoint stores the weight.
         has_bias: a bias is stored.
         stored_transposed: the checkpoint stores `[I, O]`.
@@ -28,7 +28,7 @@ class LinearInfo:
 
     name: str
     layer_index: int
-    stage: StageName
+    stage: Place
     local_name: str
     out_features: int
     in_features: int
@@ -56,6 +56,23 @@ def outer_linears(spec: DecoderSpec) -> dict[str, tuple[int, int]]:
     if spec.names.project_out:
         linears[spec.names.project_out] = (spec.embedding_size, spec.hidden_size)
     return linears
+
+
+def head_linear(spec: DecoderSpec) -> LinearInfo:
+    """Return the output head."""
+    name = spec.names.head
+    return LinearInfo(
+        name=name,
+        layer_index=spec.num_layers,
+        stage="head",
+        local_name=name,
+        out_features=spec.vocab_size,
+        in_features=spec.embedding_size,
+        has_bias=False,
+        stored_transposed=False,
+        fused_names=(name,),
+        fused_name=name,
+    )
 
 
 def layer_linears(spec: DecoderSpec, index: int) -> tuple[LinearInfo, ...]:

@@ -47,24 +47,20 @@ def load_head(
     embedding: Embedding | None = None,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    supply_linear: SupplyLinear | None = None,
 ) -> Head:
     """Return the output end of the model.
 
     A head of its own in the checkpoint is used even where the config says it is tied, as transformers 5 does.
-    `embedding`, where given, shares its weight with a tied head instead of reading it again.
+    `embedding`, where given, shares its weight with a tied head instead of reading it again. `supply_linear` is asked
+    for the head first.
     """
     read = _reader(folder, dtype, device)
     names = spec.names
-    ((head_name, shape),) = head_shape(spec).items()
-    if head_name in folder.tensors or not spec.tied_head:
-        weight_VE = read(head_name, shape)
-    elif embedding is not None:
-        weight_VE = embedding.tokens_VE
-    else:
-        weight_VE = _read_tokens(folder, spec, read)
+    supplied = None if supply_linear is None else supply_linear(names.head)
     return Head(
         spec=spec,
-        project=Linear(weight_VE),
+        project=Linear(_read_head(folder, spec, read, embedding)) if supplied is None else supplied,
         norm=_load_norm(read, spec, names.final_norm, spec.hidden_size),
         project_out_EM=read(f"{names.project_out}.weight", (spec.embedding_size, spec.hidden_size))
         if names.project_out
@@ -94,6 +90,13 @@ def _read_tokens(folder: TensorSource, spec: DecoderSpec, read: _Read) -> torch.
     ((name, shape),) = embedding_shape(spec).items()
     ((head_name, _),) = head_shape(spec).items()
     return read(head_name if name not in folder.tensors and spec.tied_head else name, shape)
+
+
+def _read_head(folder: TensorSource, spec: DecoderSpec, read: _Read, embedding: Embedding | None) -> torch.Tensor:
+    ((name, shape),) = head_shape(spec).items()
+    if name in folder.tensors or not spec.tied_head:
+        return read(name, shape)
+    return _read_tokens(folder, spec, read) if embedding is None else embedding.tokens_VE
 
 
 def _load_linear(read: _Read, linear: LinearInfo) -> Linear:

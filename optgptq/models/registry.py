@@ -68,6 +68,7 @@ def model_spec(folder: TensorSource) -> DecoderSpec:
     names, prefix = spec.names, family.optional_prefix
     if prefix and not any(name.startswith(prefix) for name in folder.tensors):
         names = names.without_prefix(prefix)
-    if family.other_head and f"{family.other_head}.weight" in folder.tensors:
+    # Also where it is quantized and has no weight of its own.
+    if family.other_head and any(name.startswith(f"{family.other_head}.") for name in folder.tensors):
         names = replace(names, head=family.other_head)
     return replace(spec, names=names)

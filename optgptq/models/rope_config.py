@@ -10,6 +10,7 @@ import math
 
 from optgptq.models.config_reader import ConfigReader
 from optgptq.models.spec import RopeSpec
+from optgptq.plain_numbers import is_number
 
 _KINDS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 
@@ -144,6 +145,6 @@ def _longrope(section: ConfigReader, *, theta: float, rotary_dim: int, original:
 
 def _factors(section: ConfigReader, key: str, count: int) -> tuple[float, ...]:
     values = section.raw(key)
-    if not isinstance(values, list) or len(values) != count or not all(isinstance(v, (int, float)) for v in values):
+    if not isinstance(values, list) or len(values) != count or not all(map(is_number, values)):
         raise section.refusal(key, values, expected=f"a list of {count} numbers")
     return tuple(float(value) for value in values)

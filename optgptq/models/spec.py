@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 StageName = Literal["qkv", "o", "gate_up", "down"]
+# Where a linear is: a stage of a decoder layer, or the output head behind all of them.
+Place = Literal[StageName, "head"]
 NormKind = Literal["rms", "layer"]
 RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope", "dynamic"]
 QKVLayout = Literal["split", "concatenated", "per_head_interleaved", "grouped_interleaved"]

@@ -12,6 +12,8 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Literal
 
+from optgptq.native.team import torch_team
+
 Backend = Literal["auto", "torch", "portable", "avx2", "avx512"]
 """Who runs an inner loop: the fastest there is, torch, or the compiled code for one instruction set."""
 
@@ -29,11 +31,13 @@ class Library:
         shared: its functions.
         paths: instruction sets that this processor has, the fastest first.
         bfloat16_products: whether it has the instruction for sums of products of bfloat16 numbers.
+        shares_threads: whether it works with torch's threads, not with threads of its own.
     """
 
     shared: ctypes.CDLL
     paths: tuple[str, ...]
     bfloat16_products: bool
+    shares_threads: bool = False
 
     @property
     def name(self) -> str:
@@ -65,14 +69,28 @@ def load_library(folder: Path = _FOLDER) -> Library | None:
     shared.optgptq_add_bfloat16_products.argtypes = [*factors, integer, pointer, integer, integer]
     shared.optgptq_rms_norm_bfloat16.argtypes = [*(pointer,) * 3, *(integer,) * 2, ctypes.c_double, integer]
     shared.optgptq_paged_attention.argtypes = [pointer, ctypes.c_int, integer]
+    shared.optgptq_causal_attention.argtypes = [pointer, integer]
+    shared.optgptq_rotate_bfloat16.argtypes = [pointer, integer]
     shared.optgptq_store_tokens.argtypes = [pointer, ctypes.c_int, integer]
+    shared.optgptq_sum_and_norm.argtypes = [pointer, ctypes.c_int, integer]
+    shared.optgptq_gated.argtypes = [pointer, ctypes.c_int, integer]
+    shared.optgptq_attend_joint.argtypes = [pointer, ctypes.c_int, integer]
+    shared.optgptq_greatest.argtypes = [pointer, pointer, integer, integer, ctypes.c_int, integer]
+    shared.optgptq_draw.argtypes = [pointer, pointer, ctypes.c_int, integer]
     shared.optgptq_attend_codes.argtypes = [pointer, ctypes.c_int, integer]
     shared.optgptq_store_codes.argtypes = [pointer, ctypes.c_int, integer]
+    shared.optgptq_product_supported.argtypes = [ctypes.c_int]
+    shared.optgptq_affine_product.argtypes = [pointer, ctypes.c_int, integer]
+    shared.optgptq_binary_product.argtypes = [pointer, ctypes.c_int, integer]
     shared.optgptq_attention_function.argtypes = [pointer, pointer, integer, ctypes.c_int, ctypes.c_int]
+    shared.optgptq_use_team.argtypes = [pointer]
+    shared.optgptq_try_threads.argtypes = [pointer, *(integer,) * 3]
+    shared.optgptq_try_threads.restype = integer
     return Library(
         shared=shared,
         paths=tuple(name for name, number in PATHS.items() if shared.optgptq_supported(number)),
         bfloat16_products=bool(shared.optgptq_has_bfloat16_products()),
+        shares_threads=bool(shared.optgptq_use_team(torch_team())),
     )
 
 

@@ -93,7 +93,7 @@ def store_tokens(
     assert key_TKD.shape == value_TKD.shape == (num_tokens, *keys_ZKDY.shape[1:3])
     assert slot_T.dtype == torch.int64 and slot_T.is_contiguous() and slot_T.shape == (num_tokens,)  # noqa: PT018
     call = _StoreCall(
-        _pages(keys_ZKDY, values_ZKYD),
+        pages_fields(keys_ZKDY, values_ZKYD),
         key_TKD.data_ptr(),
         value_TKD.data_ptr(),
         slot_T.data_ptr(),
@@ -124,7 +124,7 @@ def paged_attention(
     assert query.shape[2] == keys_ZKDY.shape[2]
     assert num_heads % keys_ZKDY.shape[1] == 0
     call = _AttentionCall(
-        _pages(keys_ZKDY, values_ZKYD),
+        pages_fields(keys_ZKDY, values_ZKYD),
         sequences_fields(batch),
         rule_fields(rule, num_heads),
         query.data_ptr(),
@@ -162,7 +162,8 @@ def float_rows(rows: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(2) == 1 else rows.contiguous()
 
 
-def _pages(keys_ZKDY: torch.Tensor, values_ZKYD: torch.Tensor) -> Pages:
+def pages_fields(keys_ZKDY: torch.Tensor, values_ZKYD: torch.Tensor) -> Pages:
+    """Return what the library is told of the pages of a layer; the tensors must outlive the call."""
     num_pages, num_kv_heads, head_dim, page_size = keys_ZKDY.shape
     assert values_ZKYD.shape == (num_pages, num_kv_heads, page_size, head_dim)
     assert keys_ZKDY.is_contiguous() and values_ZKYD.is_contiguous()  # noqa: PT018

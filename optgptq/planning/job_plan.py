@@ -180,6 +180,7 @@ def _timed(name: str, memory: PhaseMemory, times: TimeModel) -> Phase:
         "grouping heads": times.heads,
         "scales to fold": times.heads,
         "decoder layers": times.solving,
+        "output head": times.head,
         "writing": times.assembly,
         "verifying": times.verifying,
         "kv cache": times.cache,

@@ -12,7 +12,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -21,9 +21,14 @@ from torch.nn import functional as F  # noqa: N812
 from optgptq.calibration.moments import InputMoment
 from optgptq.checkpoint.disk import disk_error
 from optgptq.environment import cache_folder
+from optgptq.native.causal_attention import attends_causally, causal_attention
+from optgptq.native.library import load_library
+from optgptq.plain_numbers import is_number
 
 _FILE = "machine.json"
-_VERSION = 1
+_VERSION = 2
+# A measurement that was made beside something else must not stay for ever.
+_KEPT_SECONDS = 12 * 3600.0
 _REPEATS = 3
 _DISK_BYTES = 24 * 2**20
 
@@ -49,28 +54,44 @@ class MachineRates:
     hashed_bytes: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """Measurements by name, and when the first of them was made."""
+
+    since: float
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
 class MachineFile:
-    """Measurements by name, kept for this processor, version of torch and number of threads; a cache and no more.
+    """Measurements by name, kept for half a day; a cache and no more.
+
+    They are for this processor, this version of torch and of the package, and this number of threads.
 
     Args:
         folder: where the file is; None for the user's cache folder.
         forget: nothing that was kept is used.
+        clock: seconds since any moment that stays the same from run to run.
     """
 
-    def __init__(self, folder: Path | None = None, *, forget: bool = False) -> None:
+    def __init__(
+        self, folder: Path | None = None, *, forget: bool = False, clock: Callable[[], float] = time.time
+    ) -> None:
         self.path = (cache_folder() if folder is None else folder) / _FILE
         self._key = _machine_key()
-        self._found: dict[str, dict[str, float]] = {} if forget else _read(self.path, self._key)
+        kept = _Kept(since=clock()) if forget else _read(self.path, self._key)
+        is_fresh = kept is not None and 0 <= clock() - kept.since < _KEPT_SECONDS
+        self._kept = kept if kept is not None and is_fresh else _Kept(since=clock())
 
     def get(self, name: str, measure: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
         """Return the numbers called `name`, measured now where they are not known; the file is a cache only."""
-        if name not in self._found:
-            self._found[name] = dict(measure())
+        measured = self._kept.measured
+        if name not in measured:
+            measured[name] = dict(measure())
             self._write()
-        return self._found[name]
+        return measured[name]
 
     def _write(self) -> None:
-        content = {"version": _VERSION, "machine": self._key, "measured": self._found}
+        content = {"version": _VERSION, "machine": self._key, **asdict(self._kept)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{_FILE}")
@@ -115,8 +136,12 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> MachineRates:
     square_II = square_II.T @ square_II + 1024 * torch.eye(1024, device=device)
     data = os.urandom(1 << 20) * 8
 
+    heads, scale = (heads_1NSD,) * 3, heads_1NSD.shape[3] ** -0.5
+
     def attend() -> torch.Tensor:
-        return F.scaled_dot_product_attention(heads_1NSD, heads_1NSD, heads_1NSD, is_causal=True)
+        if attends_causally(*heads, scale=scale):
+            return causal_attention(*heads, scale=scale)
+        return F.scaled_dot_product_attention(*heads, is_causal=True)
 
     moment = InputMoment(1024, dtype=torch.float32, device=device)
     return MachineRates(
@@ -162,25 +187,25 @@ def _measure_disk(folder: Path) -> float:
 
 def _machine_key() -> str:
     processor = platform.processor() or platform.machine()
-    return f"{platform.node()} {processor}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    library = load_library()
+    native = "nothing" if library is None else library.name
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{platform.node()} {processor}, torch {torch.__version__}, native {native}, {threads}"
 
 
-def _read(path: Path, key: str) -> dict[str, dict[str, float]]:
+def _read(path: Path, key: str) -> _Kept | None:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return {}
+        return None
     if not isinstance(content, dict) or content.get("version") != _VERSION or content.get("machine") != key:
-        return {}
-    measured = content.get("measured")
-    if not isinstance(measured, dict):
-        return {}
-    return {
+        return None
+    since, measured = content.get("since"), content.get("measured")
+    if not is_number(since) or not isinstance(measured, dict):
+        return None
+    rates = {
         str(name): {str(field): float(number) for field, number in values.items()}
         for name, values in measured.items()
-        if isinstance(values, dict) and all(_is_rate(number) for number in values.values())
+        if isinstance(values, dict) and all(is_number(number) and number >= 0 for number in values.values())
     }
-
-
-def _is_rate(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return _Kept(since=since, measured=rates)

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from optgptq.bundled import bundled_path
 from optgptq.calibration.disk_states import Activations
+from optgptq.calibration.head import ROWS_PER_SOLVE
 from optgptq.calibration.stream import TOKENS_PER_BATCH
 from optgptq.models.inventory import model_linears
 from optgptq.models.spec import StageName
 from optgptq.planning.layer_memory import StageMemory, layer_memory
+from optgptq.planning.solver_memory import solver_bytes
 from optgptq.planning.workload import Workload
+from optgptq.planning.writing_time import TEXTS_AT_A_TIME
 from optgptq.recipe.sources import source_kind
 
 # Tokenizer, matrix libraries and threads, once they have run.
@@ -29,8 +32,6 @@ _MOST_HOLES_BYTES = 240 * 2**20
 # Bytes per character of what a tokenizer holds of a text: of one that is a single document, and of the documents of a
 # batch of a million characters.
 _DOCUMENT_SHARE, _BATCH_SHARE, _BATCH_CHARACTERS = 170, 65, 1_000_000
-# Texts that a model writes at a time (`optgptq.runtime.self_text`).
-_TEXTS_AT_A_TIME = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,7 @@ class MemoryModel:
         spec, itemsize = self.work.source.original_spec, self.work.dtype.itemsize
         weights = sum(info.out_features * info.in_features for info in model_linears(spec))
         weights += spec.vocab_size * spec.embedding_size * (1 if spec.tied_head else 2)
-        texts = min(_TEXTS_AT_A_TIME, self.work.num_windows)
+        texts = min(TEXTS_AT_A_TIME, self.work.num_windows)
         cache = 2 * spec.num_kv_heads * spec.head_dim * spec.num_layers * (self.work.window_size + 1) * texts
         largest = max(info.num_bytes for info in self.work.source.folder.tensors.values())
         logits = texts * spec.vocab_size * 8 * 2
@@ -97,6 +98,22 @@ class MemoryModel:
         """Return the walk over the decoder layers, the widest of them."""
         phases = [self._solving(index) for index, _ in self.work.layer_kinds()]
         return max(phases, key=lambda phase: (phase.device_bytes, phase.cpu_bytes))
+
+    def head(self) -> PhaseMemory:
+        """Return the phase in which the output head is solved: its weight and codes, and some of its rows."""
+        work, plan = self.work, self.work.head
+        assert plan is not None
+        rows, columns = plan.info.out_features, plan.info.in_features
+        number = work.solver_dtype.itemsize
+        part = min(rows, ROWS_PER_SOLVE)
+        parts = {
+            "activations": layer_memory(work, work.spec.num_layers - 1, activations=self.activations)["qkv"].streams,
+            # What was stored, while it becomes what the model is computed in.
+            "output head": rows * columns * (work.dtype.itemsize + work.weight_dtype(plan.info.name).itemsize + 2),
+            "moments": columns**2 * work.moment_dtype.itemsize,
+            "work of the head": solver_bytes(plan, part, itemsize=number) + part * columns * number,
+        }
+        return self._phase({"one tensor": self._largest_tensor()} if self.on_device else {}, parts)
 
     def assembly(self) -> PhaseMemory:
         """Return the phase in which shards are written: an encoded linear at a time, dense tensors in pieces."""
@@ -161,7 +178,7 @@ class MemoryModel:
         return PhaseMemory(cpu_bytes=cpu_bytes, device_bytes=device, parts={"program": self.base, **cpu, **computed})
 
     def _largest_linear(self) -> int:
-        return max(plan.info.out_features * plan.info.in_features for plan in self.work.plans)
+        return max(plan.info.out_features * plan.info.in_features for plan in self.work.all_plans)
 
     def _largest_tensor(self) -> int:
         return max(info.num_bytes for info in self.work.source.tensors.tensors.values())
@@ -179,6 +196,8 @@ def memory_phases(work: Workload, base: int, activations: Activations) -> dict[s
         phases["scales to fold"] = memory.heads()
     if not work.keeps_weights:
         phases["decoder layers"] = memory.solving()
+    if work.head is not None:
+        phases["output head"] = memory.head()
     phases["writing"] = memory.assembly()
     phases["verifying"] = memory.verifying()
     if work.cache_plan is not None:

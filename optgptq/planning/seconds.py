@@ -18,6 +18,7 @@ from optgptq.planning.disk import DiskNeed
 from optgptq.planning.machine import MachineFile, MachineRates
 from optgptq.planning.solver_time import SolverCost, solver_cost
 from optgptq.planning.workload import Workload, sees_attention
+from optgptq.planning.writing_time import writing_seconds
 from optgptq.recipe.sources import source_kind
 
 # Bytes of text that a tokenizer takes in a second, what loading it takes, and what it takes where transformers does it.
@@ -29,8 +30,6 @@ _WRITTEN_NUMBERS, _VERIFIED_NUMBERS = 12, 10
 # Numbers of a batch that norms, rotations, activations and residuals touch, in widths of the model and of its
 # feed-forward layer.
 _WIDTH_NUMBERS, _FEED_FORWARD_NUMBERS = 14, 3
-# A token that a model writes takes this many times as long as one of many that are read together.
-_WRITING_FACTOR = 8.0
 _STEPS_PER_CHECK = 25
 # Of softmax rows: positions of a window, and products of a head's matrices.
 _ROW_POSITIONS, _ROW_PRODUCTS = 8, 6
@@ -82,7 +81,8 @@ class TimeModel:
         if calibration.source != "self":
             loading = _TRANSFORMERS_SECONDS if self.work.converts_tokenizer else _TOKENIZER_SECONDS
             return loading + self._text_bytes() / _TEXT_RATE
-        return _WRITING_FACTOR * self.forward(self.work.num_tokens) * self.work.spec.num_layers
+        work = self.work
+        return writing_seconds(work.spec, self.rates, num_windows=work.num_windows, window_size=work.window_size)
 
     def layer(self, index: int) -> LayerSeconds:
         """Return what one decoder layer takes."""
@@ -102,6 +102,19 @@ class TimeModel:
         """Return what the walk over all decoder layers takes."""
         return sum(self.layer(index).total * count for index, count in self.work.layer_kinds())
 
+    def head(self) -> float:
+        """Return what the output head takes: norms, a moment, the solve, and what is put into the journal."""
+        work, rates, plan = self.work, self.rates, self.work.head
+        assert plan is not None
+        rows, columns = plan.info.out_features, plan.info.in_features
+        measured = work.num_tokens - work.num_held_out * work.window_size
+        return (
+            6 * measured * columns / rates.numbers
+            + measured * columns**2 / rates.moment_products
+            + self._cost(plan, coupled=False).seconds(rows, columns)
+            + rows * columns * _WRITTEN_NUMBERS / rates.numbers
+        )
+
     def heads(self) -> float:
         """Return what merging heads or finding scales to fold takes: some passes over every decoder layer, roughly."""
         moments = self.work.num_tokens * self.work.spec.hidden_size**2 / self.rates.moment_products
@@ -116,7 +129,7 @@ class TimeModel:
 
     def verifying(self) -> float:
         """Return what reading back and comparing takes."""
-        weights = sum(plan.info.out_features * plan.info.in_features for plan in self.work.plans)
+        weights = sum(plan.info.out_features * plan.info.in_features for plan in self.work.all_plans)
         return weights * (_VERIFIED_NUMBERS / self.rates.numbers + 1 / self.rates.hashed_bytes)
 
     def cache(self) -> float:

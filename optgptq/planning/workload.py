@@ -23,7 +23,7 @@ from optgptq.formats.base import CheckpointFormat
 from optgptq.job_source import JobSource
 from optgptq.layout import LinearLayout
 from optgptq.models.spec import DecoderSpec, StageName
-from optgptq.plan import LinearPlan, outer_layouts, plan_linears
+from optgptq.plan import LinearPlan, outer_layouts, plan_head, plan_linears
 from optgptq.recipe.records import Recipe
 from optgptq.runtime.device import compute_dtype, require_device
 from optgptq.solvers import METHODS
@@ -38,7 +38,7 @@ class Workload:
     Attributes:
         source: the model, checked.
         recipe: what is asked of it.
-        form, plans, layouts, cache_plan: what was decided, as the job decides it.
+        form, plans, head, layouts, cache_plan: what was decided, as the job decides it.
         dtype: of weights and activations while the model runs.
         scale_dtype: of stored scales.
         device: where it runs.
@@ -50,6 +50,7 @@ class Workload:
     recipe: Recipe
     form: CheckpointFormat
     plans: tuple[LinearPlan, ...]
+    head: LinearPlan | None
     layouts: tuple[LinearLayout, ...]
     cache_plan: CacheRequest | None
     dtype: torch.dtype
@@ -63,6 +64,11 @@ class Workload:
     @property
     def spec(self) -> DecoderSpec:
         return self.source.spec
+
+    @property
+    def all_plans(self) -> tuple[LinearPlan, ...]:
+        """The linears of all decoder layers, and the head where it is quantized."""
+        return self.plans if self.head is None else (*self.plans, self.head)
 
     @property
     def keeps_weights(self) -> bool:
@@ -123,7 +129,7 @@ class Workload:
         """Return the linears of one decoder layer by stage, in the order of the walk."""
         stages: dict[StageName, list[LinearPlan]] = {}
         for plan in self.plans:
-            if plan.info.layer_index == layer_index:
+            if plan.info.layer_index == layer_index and plan.info.stage != "head":
                 stages.setdefault(plan.info.stage, []).append(plan)
         return stages
 
@@ -165,6 +171,7 @@ def read_workload(model: Path, recipe: Recipe, *, device: str) -> Workload:
         check_num_windows(calibration.num_windows, kv_cache.num_windows)
     check_norm_tweaking(source.spec, recipe)
     plans = plan_linears(source.spec, recipe, form)
+    head = plan_head(source.spec, recipe, form)
     torch_device = require_device(device)
     weight_dtype = source.tensors.info(f"{plans[0].info.name}.weight").torch_dtype
     measures_linears = not keeps_weights or source.grouping is not None
@@ -174,7 +181,8 @@ def read_workload(model: Path, recipe: Recipe, *, device: str) -> Workload:
         recipe=recipe,
         form=form,
         plans=plans,
-        layouts=(*(plan.layout for plan in plans), *outer_layouts(source.spec)),
+        head=head,
+        layouts=(*(plan.layout for plan in plans), *outer_layouts(source.spec, head)),
         cache_plan=cache_plan,
         dtype=compute_dtype(weight_dtype, torch_device, wanted=calibration.compute_dtype),
         scale_dtype=form.scale_dtype(weight_dtype),

@@ -14,6 +14,7 @@ from pydantic import Field, StrictBool, StrictStr, model_validator
 from optgptq.recipe.calibration import CalibrationRecipe
 from optgptq.recipe.gates import GatesRecipe
 from optgptq.recipe.gqa import GQARecipe
+from optgptq.recipe.head import DETAILS, HeadRecipe, require_possible
 from optgptq.recipe.kv_cache import KVCacheRecipe
 from optgptq.recipe.section import ByteCount, PositiveInt, Section, impossible
 from optgptq.recipe.weights import BINARY_METHODS, BinaryRecipe, WeightRecipe, WeightRule
@@ -85,6 +86,7 @@ class Recipe(Section):
     weights: WeightRecipe = Field(default=WeightRecipe(), description="how weights are quantized")
     attention: AttentionRecipe = Field(default=AttentionRecipe(), description="what attention_aware sees")
     binary: BinaryRecipe = Field(default=BinaryRecipe(), description="how binary codes are found")
+    head: HeadRecipe = Field(default=HeadRecipe(), description="how the output head is quantized")
     gqa: GQARecipe = Field(default=GQARecipe(), description="key/value heads merged before quantization")
     transform: TransformRecipe = Field(default=TransformRecipe(), description="changes before quantization")
     norm_tweaking: NormTweakingRecipe = Field(default=NormTweakingRecipe(), description="training of norm weights")
@@ -102,6 +104,7 @@ class Recipe(Section):
         _require_defaults("weights", self.weights, fields, why=why)
         _require_defaults("norm_tweaking", self.norm_tweaking, ("steps",), why=why)
         _require_defaults("export", self.export, ("format",), why=why)
+        _require_defaults("head", self.head, ("bits",), why=why)
         if not self.kv_cache.is_quantized and self.gqa.group == 1 and self.transform == TransformRecipe():
             raise impossible(
                 "weights.method",
@@ -109,6 +112,14 @@ class Recipe(Section):
                 found="none, and nothing else is asked",
                 action="Set kv_cache.bits=4, or choose a method.",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_head(self) -> Self:
+        if not self.head.is_quantized:
+            _require_defaults("head", self.head, DETAILS, why="where the head stays as it is (head.bits null)")
+        else:
+            require_possible(self.head, self.weights, export_format=self.export.format)
         return self
 
     @model_validator(mode="after")

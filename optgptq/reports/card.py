@@ -72,6 +72,7 @@ def front_matter(data: RunData) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         **({} if base is None else {"base_model": base, "base_model_relation": "quantized"}),
         **_license(data.card),
+        **_datasets(data),
         "tags": _tags(data),
         "quantized_by": "optgptq",
     }
@@ -125,19 +126,27 @@ def _facts(data: RunData) -> list[tuple[str, str]]:
 
 
 def _commands(data: RunData) -> list[tuple[str, str, str]]:
-    """Return title, language and command of each engine that loads the checkpoint."""
-    named: dict[str, list[Loading]] = {}
+    """Return title, language and command of each engine that loads the checkpoint.
+
+    Where it does so only through optional kernels, which it must be told to use, that is a command of its own.
+    """
+    named: dict[tuple[str, bool], list[Loading]] = {}
     for answer in data.loading:
         if answer.loads and answer.engine in _COMMANDS:
-            named.setdefault(answer.engine, []).append(answer)
+            named.setdefault((answer.engine, answer.platform == _OPTIONAL_KERNELS), []).append(answer)
     commands = []
-    for engine, answers in named.items():
+    for (engine, is_optional), answers in named.items():
         language, command = _COMMANDS[engine]
-        # Loads only through the engine's optional kernels, which it must be told to use.
-        if all(answer.platform == _OPTIONAL_KERNELS for answer in answers):
-            command += f" --quantization {_OPTIONAL_KERNELS}"
+        command += f" --quantization {_OPTIONAL_KERNELS}" if is_optional else ""
         commands.append((", ".join(answer.title for answer in answers), language, command))
     return commands
+
+
+def _datasets(data: RunData) -> dict[str, list[str]]:
+    """Return the hub id of the calibration text, where it came from a hub."""
+    source = table_of(table_of(data.manifest, "recipe"), "calibration").get("source")
+    is_hub = isinstance(source, str) and _HUB_ID.fullmatch(source) is not None and "--" not in source
+    return {"datasets": [str(source)]} if is_hub else {}
 
 
 def _recipe(data: RunData) -> str:

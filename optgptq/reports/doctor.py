@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -14,12 +13,13 @@ from typing import Any
 import torch
 
 import optgptq
-from optgptq.environment import read_environment
+from optgptq.environment import explain_threads, read_environment
 from optgptq.kernels import KernelChoice, choose_affine_matmul, choose_binary_matmul
 from optgptq.kernels.attention_choice import choose_attention
 from optgptq.kernels.packed_dense import packs
 from optgptq.memory import available_memory_bytes, total_memory_bytes
 from optgptq.native.library import load_library
+from optgptq.processors import find_processors
 
 # That of most models.
 _HEAD_DIM = 128
@@ -56,6 +56,7 @@ class DoctorReport:
         system: operating system and processor.
         cores: processor cores that this process may use.
         threads: threads that torch uses for one operation.
+        threads_reason: where that number comes from.
         total_memory_bytes, available_memory_bytes: memory; None where the system does not tell.
         free_disk_bytes: free space for this user in `disk_folder`.
         disk_folder: the folder that was looked at.
@@ -68,6 +69,7 @@ class DoctorReport:
     system: str
     cores: int
     threads: int
+    threads_reason: str
     total_memory_bytes: int
     available_memory_bytes: int | None
     free_disk_bytes: int
@@ -79,7 +81,7 @@ class DoctorReport:
 
 def examine(folder: Path) -> DoctorReport:
     """Return the report; `folder` is where free disk space is looked up."""
-    devices = _devices()
+    devices, processors = _devices(), find_processors()
     kinds = {name.split(":")[0]: name for name in reversed(devices)}
     products = [
         _kernel_line(name, choose)
@@ -90,14 +92,15 @@ def examine(folder: Path) -> DoctorReport:
     return DoctorReport(
         versions=_versions(),
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
-        cores=_usable_cores(),
+        cores=processors.usable,
         threads=torch.get_num_threads(),
+        threads_reason=explain_threads(processors),
         total_memory_bytes=total_memory_bytes(),
         available_memory_bytes=available_memory_bytes(),
         free_disk_bytes=shutil.disk_usage(folder).free,
         disk_folder=str(folder),
         devices=devices,
-        kernels=(*products, *attention, _dense_line(), _solver_line(), _moment_line()),
+        kernels=(*products, *attention, _dense_line(), _threads_line(), _solver_line(), _moment_line()),
         offline=read_environment().offline,
     )
 
@@ -110,13 +113,6 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _usable_cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
 
 
 def _devices() -> dict[str, str]:
@@ -148,6 +144,15 @@ def _dense_line() -> KernelLine:
     return KernelLine(operation="dense_matmul", device="cpu", name="torch", reason=reason)
 
 
+def _threads_line() -> KernelLine:
+    library = load_library()
+    if library is None or library.shares_threads:
+        reason = "all operations take the threads of torch's own OpenMP library"
+        return KernelLine(operation="threads", device="cpu", name="torch", reason=reason)
+    reason = "torch's OpenMP library was not found, so compiled loops have threads of their own, as many as torch"
+    return KernelLine(operation="threads", device="cpu", name="own", reason=reason)
+
+
 def _solver_line() -> KernelLine:
     library = load_library()
     if library is None:
@@ -155,8 +160,9 @@ def _solver_line() -> KernelLine:
             operation="gptq_walk",
             device="cpu",
             name="torch",
-            reason="the compiled inner loops are not there, so a solve takes several times as long; "
-            "install the package where there is a C++ compiler",
+            reason="the compiled inner loops are not there, so a solve takes several times as long, and so do products "
+            "with codes and attention over pages of a running model; with a C++ compiler (g++ or clang++) on the path "
+            "install the package again: pip install --force-reinstall --no-deps",
         )
     reason = f"compiled inner loops; this processor runs {', '.join(library.paths)}"
     return KernelLine(operation="gptq_walk", device="cpu", name=library.paths[0], reason=reason)

@@ -13,6 +13,7 @@ from optgptq.formats.fp8_scales import Fp8Summary, fp8_summary
 from optgptq.formats.kv_cache_keys import CACHE_KEY
 from optgptq.layout import LinearLayout
 from optgptq.reports.kv_cache import CacheReport, cache_report
+from optgptq.reports.wording import number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,9 +149,9 @@ def _layer(layout: LinearLayout, bits: int, stored_bits: int, solved: Mapping[st
         symmetric=layout.symmetric,
         coefficients=layout.coefficients,
         bits_per_weight=stored_bits / (layout.out_features * layout.in_features),
-        loss=_number(solved.get("loss")),
-        rtn_loss=_number(solved.get("rtn_loss")),
-        damp_ratio_used=_number(solved.get("damp_ratio_used")),
+        loss=number(solved.get("loss")),
+        rtn_loss=number(solved.get("rtn_loss")),
+        damp_ratio_used=number(solved.get("damp_ratio_used")),
         notes=_texts(solved.get("notes")),
     )
 
@@ -177,10 +178,6 @@ def _architecture(folder: CheckpointFolder) -> str:
 def _recipe_name(manifest: Mapping[str, Any]) -> str:
     recipe = manifest.get("recipe")
     return str(recipe.get("name", "")) if isinstance(recipe, dict) else ""
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _texts(value: object) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from optgptq.plain_numbers import is_number
+
 # Control characters, halves of surrogate pairs, and marks that turn the direction of text: no page shows them as meant.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 _REPLACEMENT = "\ufffd"
@@ -27,13 +29,7 @@ def showable(text: str) -> str:
 
 def number(value: object) -> float | None:
     """Return a finite number; None for everything else, booleans included."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        found = float(value)
-    except OverflowError:
-        return None
-    return found if math.isfinite(found) else None
+    return float(value) if is_number(value) else None
 
 
 def drawable(value: object) -> float | None:

@@ -11,11 +11,12 @@ from optgptq.errors import FormatError
 from optgptq.formats import CheckpointFormat, detect
 from optgptq.layout import LinearLayout
 from optgptq.models.checks import read_weight
-from optgptq.models.inventory import LinearInfo, model_linears
+from optgptq.models.inventory import LinearInfo, head_linear, model_linears
 from optgptq.models.layer import DecoderLayer
 from optgptq.models.linear import Linear, LinearLike
-from optgptq.models.loading import load_layer
+from optgptq.models.loading import SupplyLinear, load_layer
 from optgptq.models.registry import model_spec
+from optgptq.models.spec import DecoderSpec
 from optgptq.quantized_weight import QuantizedWeight
 
 
@@ -24,7 +25,18 @@ def decoded_layers(
 ) -> Callable[[int], DecoderLayer]:
     """Return what reads decoder layer `index` of any readable checkpoint, its quantized linears decoded.
 
-    Nothing is kept: a layer lives as long as the caller holds it.
+    Nothing is kept: a layer lives as long as the caller holds it. Same errors as `decoded_linears`.
+    """
+    spec, supply = model_spec(folder), decoded_linears(folder, dtype=dtype, device=device)
+
+    def read(index: int) -> DecoderLayer:
+        return load_layer(folder, spec, index, dtype=dtype, device=device, supply_linear=supply)
+
+    return read
+
+
+def decoded_linears(folder: CheckpointFolder, *, dtype: torch.dtype, device: torch.device) -> SupplyLinear:
+    """Return what decodes a quantized linear of any readable checkpoint, the head included; None for dense ones.
 
     Raises:
         ModelError, FormatError: the checkpoint is damaged, or its model or layout is not implemented; so may reading.
@@ -32,7 +44,7 @@ def decoded_layers(
     spec, form = model_spec(folder), detect(folder)
     read_layouts = () if form is None else form.read_layouts(folder)
     layouts = {layout.name: layout for layout in read_layouts if layout.bits is not None}
-    linears = {linear.name: linear for linear in model_linears(spec)}
+    linears = known_linears(spec)
     require_known(folder, layouts, linears)
 
     def supply(name: str) -> LinearLike | None:
@@ -42,21 +54,23 @@ def decoded_layers(
         bias_O = read_bias(folder, linears[name], dtype=dtype, device=device)
         return Linear(weight.dequantize(dtype).to(device), bias_O)
 
-    def read(index: int) -> DecoderLayer:
-        return load_layer(folder, spec, index, dtype=dtype, device=device, supply_linear=supply)
+    return supply
 
-    return read
+
+def known_linears(spec: DecoderSpec) -> dict[str, LinearInfo]:
+    """Return every linear that may be quantized, by full name: those of the decoder layers, and the head."""
+    return {linear.name: linear for linear in (*model_linears(spec), head_linear(spec))}
 
 
 def require_known(folder: CheckpointFolder, layouts: dict[str, LinearLayout], linears: dict[str, LinearInfo]) -> None:
-    """Raise FormatError where a linear outside the decoder layers is quantized."""
+    """Raise FormatError where something is quantized that is neither a linear of a decoder layer nor the head."""
     unknown = sorted(layouts.keys() - linears.keys())
     if unknown:
         raise FormatError(
             f"{folder.path}: {unknown[0]}",
-            expected="quantized linears inside decoder layers only",
+            expected="quantized linears inside decoder layers, and a quantized head",
             found=f"a quantized module that the model does not list among them ({len(unknown)} in all)",
-            action="Use a checkpoint whose embedding and head are dense.",
+            action="Use a checkpoint whose embedding is dense.",
         )
 
 

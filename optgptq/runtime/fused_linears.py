@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from optgptq.memory import return_free_memory
 from optgptq.models.decoder import Decoder
 from optgptq.models.layer import DecoderLayer
 from optgptq.models.linear import Linear, LinearLike
@@ -29,6 +30,8 @@ def fuse_linears(decoder: Decoder) -> Decoder:
     for index, layer in enumerate(decoder.layers):
         layers.append(_fused_layer(layer))
         decoder.layers[index] = layers[-1]
+        del layer
+        return_free_memory()
     return replace(decoder, layers=layers)
 
 

@@ -14,7 +14,9 @@ import torch
 
 from optgptq.affine_weight import AffineWeight
 from optgptq.binary_weight import BinaryWeight
-from optgptq.kernels import KernelChoice, Matmul, choose_affine_matmul, choose_binary_matmul
+from optgptq.kernels import KernelChoice, Matmul, choose_affine_matmul, choose_any_binary_matmul, choose_binary_matmul
+from optgptq.kernels.native_affine import NativeAffine, fits_native, pack_native_affine
+from optgptq.kernels.native_binary import NativeBinary, fits_native_binary, pack_native_binary
 from optgptq.kernels.packed_affine import PackedAffine, fits_blocks, pack_affine
 from optgptq.kernels.packed_binary import PackedBinary, arrange_codes, fits_words
 from optgptq.packing.planes import pack_planes
@@ -60,15 +62,38 @@ def pack_binary(weight: BinaryWeight) -> PackedBinary:
     )
 
 
-def hold_affine(weight: AffineWeight, choice: KernelChoice[Any], device: torch.device) -> AffineWeight | PackedAffine:
-    """Return the weight on a device: as it is, or in words where the kernel takes these. Words are made there."""
-    placed = weight.to(device)
-    return pack_affine(placed) if choice.weight_type is PackedAffine else placed
+# How what kernels take is made of a decoded weight on a device, and which weights can be.
+_WEIGHT_TYPES: Mapping[type, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = MappingProxyType(
+    {
+        AffineWeight: (lambda weight: True, lambda weight: weight),
+        PackedAffine: (fits_blocks, pack_affine),
+        NativeAffine: (fits_native, pack_native_affine),
+        PackedBinary: (lambda weight: fits_words(weight.in_features, weight.group_size), pack_binary),
+        NativeBinary: (fits_native_binary, pack_native_binary),
+    }
+)
 
 
-def affine_fits(weight: AffineWeight, choice: KernelChoice[Any]) -> bool:
+def hold_affine(
+    weight: AffineWeight, choice: KernelChoice[Any], device: torch.device
+) -> AffineWeight | PackedAffine | NativeAffine:
+    """Return the weight on a device in the form that the kernel takes, which is made there."""
+    _, pack = _WEIGHT_TYPES[choice.weight_type]
+    held: AffineWeight | PackedAffine | NativeAffine = pack(weight.to(device))
+    return held
+
+
+def hold_binary(weight: BinaryWeight, choice: KernelChoice[Any], device: torch.device) -> PackedBinary | NativeBinary:
+    """Return the weight in the form that the kernel takes, on a device; words are made where the weight is."""
+    _, pack = _WEIGHT_TYPES[choice.weight_type]
+    packed: PackedBinary | NativeBinary = pack(weight)
+    return packed.to(device) if isinstance(packed, PackedBinary) else packed
+
+
+def fits_kernel(weight: AffineWeight | BinaryWeight, choice: KernelChoice[Any]) -> bool:
     """True if the kernel multiplies with the weight."""
-    return choice.weight_type is not PackedAffine or fits_blocks(weight)
+    fits, _ = _WEIGHT_TYPES[choice.weight_type]
+    return fits(weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +102,15 @@ class HeldKind:
 
     Attributes:
         parts: what a weight of this kind consists of, in the plural, for messages.
-        choose: returns the kernel for a device and a dtype.
-        fits: True if that kernel can multiply with the decoded weight; otherwise it is held dense.
+        choose: returns the kernel for a device and a dtype, and for exact activations with `exact=True`.
+        choose_other: returns one for weights that do not fit that kernel; None: there is none.
+        fits: True if a kernel can multiply with the decoded weight; one that fits none is held dense.
         hold: turns the decoded weight into what that kernel takes, on a device.
     """
 
     parts: str
-    choose: Callable[[torch.device, torch.dtype], KernelChoice[Any]]
+    choose: Callable[..., KernelChoice[Any]]
+    choose_other: Callable[[torch.device, torch.dtype], KernelChoice[Any]] | None = None
     fits: Callable[[Any, KernelChoice[Any]], bool]
     hold: Callable[[Any, KernelChoice[Any], torch.device], Any]
 
@@ -91,12 +118,13 @@ class HeldKind:
 # A new kind of weight is one line here.
 HELD_KINDS: Mapping[type, HeldKind] = MappingProxyType(
     {
-        AffineWeight: HeldKind(parts="codes", choose=choose_affine_matmul, fits=affine_fits, hold=hold_affine),
+        AffineWeight: HeldKind(parts="codes", choose=choose_affine_matmul, fits=fits_kernel, hold=hold_affine),
         BinaryWeight: HeldKind(
             parts="sign planes",
             choose=choose_binary_matmul,
-            fits=lambda weight, choice: fits_words(weight.in_features, weight.group_size),
-            hold=lambda weight, choice, device: pack_binary(weight).to(device),
+            choose_other=choose_any_binary_matmul,
+            fits=fits_kernel,
+            hold=hold_binary,
         ),
     }
 )

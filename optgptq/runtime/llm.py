@@ -15,6 +15,7 @@ from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.hub import resolve_model
 from optgptq.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from optgptq.errors import OptGPTQError, UsageError
+from optgptq.kernels.native_affine import takes_native
 from optgptq.kv_cache.setup import CacheSetup
 from optgptq.memory import available_memory_bytes
 from optgptq.models.decoder import Decoder
@@ -80,8 +81,8 @@ def with_cache(settings: EngineSettings | None, kv_cache: str | None, past_only:
 
 
 def _faster_to_hold(checkpoint: CheckpointFolder, device: torch.device, dtype: torch.dtype) -> HeldWeights:
-    """Return how quantized linears are held: codes on a GPU; on a processor decoded, where memory allows it."""
-    if device.type != "cpu":
+    """Return how quantized linears are held: codes where a kernel is made for them, else decoded, if memory allows."""
+    if device.type != "cpu" or takes_native(device, dtype):
         return "quantized"
     linears = model_linears(model_spec(checkpoint))
     num_bytes = sum(linear.out_features * linear.in_features for linear in linears) * dtype.itemsize
@@ -122,7 +123,8 @@ class LLM:
             device: `cpu`, or `cuda` or `cuda:N` for a CUDA or HIP device.
             dtype: of activations, dense weights, keys and values; `auto`: float32 on a processor, on a GPU the dtype of
                 the weights (bfloat16 for those in float32).
-            weights: `quantized` multiplies with codes as they are, `dense` decodes them once; `auto`: what is faster on
+            weights: `quantized` multiplies with codes as they are stored, on a processor with activations rounded to 8
+                bits, `exact` with activations as they are, `dense` decodes the codes once; `auto`: what is faster on
                 the device, as far as memory allows.
             revision: of a hub id.
             settings: how requests share the model.

@@ -13,15 +13,14 @@ from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.formats import CheckpointFormat, detect
 from optgptq.kernels import KernelChoice, Matmul
 from optgptq.models.decoder import Decoder, load_decoder
-from optgptq.models.inventory import model_linears
 from optgptq.models.linear import Linear, LinearLike
 from optgptq.models.registry import model_spec
-from optgptq.runtime.decoded import decode_linear, read_bias, require_known
+from optgptq.runtime.decoded import decode_linear, known_linears, read_bias, require_known
 from optgptq.runtime.linear import HELD_KINDS, QuantLinear
 
 logger = logging.getLogger(__name__)
 
-HeldWeights = Literal["dense", "quantized"]
+HeldWeights = Literal["dense", "quantized", "exact"]
 
 
 def load_model(
@@ -38,9 +37,9 @@ def load_model(
         path: the folder.
         dtype: dtype of activations and dense weights.
         device: where everything is put.
-        weights: `dense` decodes quantized linears once, which is the fastest for long inputs; `quantized` keeps codes
-            or sign planes in memory and multiplies with a kernel; a linear that no kernel takes is decoded, with a
-            warning. Dense checkpoints are the same in both.
+        weights: `dense` decodes quantized linears once; `quantized` keeps codes or sign planes in memory and multiplies
+            with a kernel, which on a processor rounds activations to 8 bits; `exact` does so with activations as they
+            are. A linear that no kernel takes is decoded, with a warning. Dense checkpoints are the same in all three.
         kernel: takes the place of the kernel that would be chosen; for tests.
 
     Raises:
@@ -51,9 +50,9 @@ def load_model(
     if form is None:
         return load_decoder(folder, dtype=dtype, device=device)
     layouts = {layout.name: layout for layout in form.read_layouts(folder) if layout.bits is not None}
-    linears = {linear.name: linear for linear in model_linears(model_spec(folder))}
+    linears = known_linears(model_spec(folder))
     require_known(folder, layouts, linears)
-    kernels = _Kernels(device=torch.device(device), dtype=dtype, replacement=kernel)
+    kernels = _Kernels(device=torch.device(device), dtype=dtype, exact=weights == "exact", replacement=kernel)
     unfit: list[tuple[str, str]] = []
 
     def supply(name: str) -> LinearLike | None:
@@ -61,9 +60,10 @@ def load_model(
             return None
         weight = decode_linear(folder, form, layouts[name], linears[name])
         bias_O = read_bias(folder, linears[name], dtype=dtype, device=device)
-        if weights == "quantized":
-            kind, choice = HELD_KINDS[type(weight)], kernels.of(type(weight))
-            if kind.fits(weight, choice):
+        if weights != "dense":
+            kind = HELD_KINDS[type(weight)]
+            choice = next((choice for choice in kernels.of(type(weight)) if kind.fits(weight, choice)), None)
+            if choice is not None:
                 kernels.say(choice)
                 held = kind.hold(weight, choice, kernels.device)
                 return QuantLinear(weight=held, bias_O=bias_O, kernel=choice.call)
@@ -75,14 +75,7 @@ def load_model(
     decoder = load_decoder(folder, dtype=dtype, device=device, supply_linear=supply, supplied=tuple(layouts))
     if unfit:
         first, parts = unfit[0]
-        logger.warning(
-            "linears that are held dense: %d, %s first; no kernel multiplies with %s whose groups of %d "
-            "columns begin inside a word",
-            len(unfit),
-            first,
-            parts,
-            layouts[first].group_size,
-        )
+        _say_unfit(len(unfit), first, parts, layouts[first].group_size)
     return decoder
 
 
@@ -91,25 +84,43 @@ def _say_decoded(num_linears: int, form: CheckpointFormat, dtype: torch.dtype) -
     logger.info("%d quantized linears (%s) are decoded once and held dense in %s", num_linears, form.name, number)
 
 
+def _say_unfit(count: int, first: str, parts: str, group_size: int) -> None:
+    logger.warning(
+        "linears that are held dense: %d, %s first; no kernel multiplies with %s whose groups of %d "
+        "columns begin inside a word",
+        count,
+        first,
+        parts,
+        group_size,
+    )
+
+
 @dataclass(slots=True, kw_only=True)
 class _Kernels:
-    """The kernel of each kind of weight in a model, chosen once, and logged when it has a weight to multiply with."""
+    """The kernels of each kind of weight in a model, chosen once, and logged when one has a weight to multiply with."""
 
     device: torch.device
     dtype: torch.dtype
+    exact: bool
     replacement: Matmul[Any] | None
-    chosen: dict[type, KernelChoice[Any]] = field(default_factory=dict)
+    chosen: dict[type, list[KernelChoice[Any]]] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
 
-    def of(self, kind: type) -> KernelChoice[Any]:
+    def of(self, kind: type) -> list[KernelChoice[Any]]:
+        """Return the kernel for a kind of weight, then that for weights which do not fit it, if there is one."""
         if kind not in self.chosen:
-            choice = HELD_KINDS[kind].choose(self.device, self.dtype)
-            self.chosen[kind] = choice if self.replacement is None else replace(choice, call=self.replacement)
+            held = HELD_KINDS[kind]
+            choices = [held.choose(self.device, self.dtype, exact=self.exact)]
+            if self.replacement is not None:
+                choices = [replace(choices[0], call=self.replacement)]
+            elif held.choose_other is not None:
+                choices.append(held.choose_other(self.device, self.dtype))
+            self.chosen[kind] = choices
         return self.chosen[kind]
 
     def say(self, choice: KernelChoice[Any]) -> None:
-        if self.replacement is not None or choice.operation in self.said:
+        if self.replacement is not None or choice.reason in self.said:
             return
-        self.said.add(choice.operation)
+        self.said.add(choice.reason)
         level = logging.WARNING if choice.is_makeshift else logging.INFO
         logger.log(level, "%s kernel for quantized linears: %s", choice.name, choice.reason)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from optgptq.errors import UsageError
+from optgptq.plain_numbers import is_number
 from optgptq.scheduling.sampling_params import SamplingParams
 
 # Odd, and far from any simple fraction of 2**64 (the golden ratio): neighbouring requests draw from distant streams.
@@ -29,9 +28,9 @@ def check_options(where: str, *, params: object, priority: object, timeout_secon
             one), or a salt that is not bytes.
     """
     _require(isinstance(params, SamplingParams), where, "SamplingParams", params)
-    _require(_is_finite(priority), where, "a priority that is a finite number", priority)
+    _require(is_number(priority), where, "a priority that is a finite number", priority)
     _require(
-        timeout_seconds is None or _is_finite(timeout_seconds) or timeout_seconds in (float("inf"), float("-inf")),
+        timeout_seconds is None or is_number(timeout_seconds) or timeout_seconds in (float("inf"), float("-inf")),
         where,
         "a timeout in seconds",
         timeout_seconds,
@@ -44,12 +43,6 @@ def request_seed(params: SamplingParams, *, engine_seed: int, number: int) -> in
     if params.seed is not None:
         return params.seed
     return (engine_seed + 1 + number * _SEED_STEP) & _SEED_MASK
-
-
-def _is_finite(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max  # false for NaN and for whole numbers that no float holds
 
 
 def _require(holds: bool, where: str, expected: str, found: object) -> None:

@@ -21,6 +21,7 @@ from optgptq.models.rope import LENGTH_DEPENDENT, inverse_frequencies, rope_tabl
 from optgptq.models.spec import DecoderSpec, RopeSpec
 from optgptq.runtime.cache_attend import CacheAttend
 from optgptq.runtime.graphs import Capture, DecodeGraphs
+from optgptq.runtime.joint_attend import JointAttend, start_joint_attend
 from optgptq.runtime.page_pool import PagePool
 from optgptq.runtime.row_blocks import block_parts, find_block_size
 from optgptq.runtime.step_batch import StepBatch, StepTables, token_batches
@@ -122,6 +123,7 @@ class Runner:
         block_size: tokens that go through the model together, for texts that do not depend on each other to the bit;
             None for all of a step.
         graphs: recorded decode steps, where the device has them.
+        joint: attention of layers with a joint projection, where the kernels have it.
     """
 
     decoder: Decoder
@@ -130,6 +132,7 @@ class Runner:
     frequencies: Mapping[RopeSpec, torch.Tensor]
     block_size: int | None = None
     graphs: DecodeGraphs | None = None
+    joint: JointAttend | None = None
 
     @classmethod
     def start(
@@ -153,11 +156,12 @@ class Runner:
             capture: records decode steps; None to run each as it comes.
         """
         spec, device, plan = decoder.spec, decoder.device, pool.plan
+        rules = score_rules(spec, device)
         runner = cls(
             decoder=decoder,
             attend=PagedAttend(
                 pool=pool,
-                rules=score_rules(spec, device),
+                rules=rules,
                 attention=attention,
                 by_token=deterministic and not attention.rows_are_independent,
                 cache=cache,
@@ -175,6 +179,7 @@ class Runner:
                 if rope.kind not in LENGTH_DEPENDENT
             },
             block_size=find_block_size(decoder, () if cache is None else cache.transforms) if deterministic else None,
+            joint=start_joint_attend(decoder, pool, attention, rules),
         )
         has_fixed_frequencies = len(runner.frequencies) == len(spec.ropes)
         if capture is not None and not deterministic and not has_fixed_frequencies:
@@ -227,7 +232,9 @@ class Runner:
             else rope_table(rope, positions, dtype=dtype, lengths=batch.length_T)
             for rope in self.decoder.spec.ropes
         }
-        context = AttentionContext(positions=positions, rope_tables=tables, attend=self.attend)
+        if self.joint is not None:
+            self.joint.take(batch, tables)
+        context = AttentionContext(positions=positions, rope_tables=tables, attend=self.attend, attend_joint=self.joint)
         return self.decoder.hidden(batch.token_T.unsqueeze(0), context)
 
     def _in_blocks(self, parts: Sequence[StepPart], size: int) -> torch.Tensor:

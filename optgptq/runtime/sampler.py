@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from optgptq.errors import NumericalError, OptGPTQError, UsageError
+from optgptq.native.leaves import draw, greatest, takes_leaves
 from optgptq.runtime.counter_random import uniforms
 from optgptq.runtime.logits_processors import adjust_logits
 from optgptq.runtime.logprobs import with_logprobs
@@ -46,9 +47,11 @@ def sample(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]
     }
     special = [index for index, row in enumerate(rows) if index not in failures and not _is_plain(row.params)]
     if special:
-        changed_BV = logits_BV[torch.tensor(special, device=logits_BV.device)]
         some = [rows[index] for index in special]
-        problems = adjust_logits(changed_BV, some)
+        changed_BV, problems = _rows_of(logits_BV, special), {}
+        if any(_is_adjusted(row.params) for row in some):
+            changed_BV = changed_BV.clone() if changed_BV is logits_BV else changed_BV
+            problems = adjust_logits(changed_BV, some)
         for place, (index, token) in enumerate(zip(special, _choose(changed_BV, some), strict=True)):
             tokens[index] = token
             if place in problems:
@@ -67,7 +70,12 @@ def sample(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]
 
 def _is_plain(params: SamplingParams) -> bool:
     """Whether the likeliest token of the model is the answer."""
-    return params.is_greedy and not (
+    return params.is_greedy and not _is_adjusted(params)
+
+
+def _is_adjusted(params: SamplingParams) -> bool:
+    """Whether the logits are changed before a token is chosen."""
+    return bool(
         params.processors
         or params.logit_bias
         or params.min_tokens
@@ -82,7 +90,7 @@ def _likeliest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
 
     NaN counts as the greatest, so one look at the greatest finds it.
     """
-    token_B = logits_BV.argmax(-1)
+    token_B = greatest(logits_BV) if _has_leaves(logits_BV) else logits_BV.argmax(-1)
     best_B = logits_BV.gather(1, token_B[:, None]).squeeze(1)
     return torch.where(torch.isfinite(best_B), token_B, NO_TOKEN), best_B
 
@@ -95,7 +103,7 @@ def _choose(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     for begin in range(0, len(drawn), block):
         part = drawn[begin : begin + block]
         index_B = torch.tensor(part, device=logits_BV.device)
-        choice_B = _draw(logits_BV[index_B], best_B[index_B], [rows[index] for index in part])
+        choice_B = _draw(_rows_of(logits_BV, part), best_B[index_B], [rows[index] for index in part])
         token_B[index_B] = torch.where(token_B[index_B] == NO_TOKEN, NO_TOKEN, choice_B)
     tokens: list[int] = token_B.tolist()
     return tokens
@@ -103,16 +111,21 @@ def _choose(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 
 def _draw(logits_BV: Tensor, best_B: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Return a random token of each row by inverting the cumulative distribution, int64 `[B]`."""
-    weight_BV = _weights(logits_BV, best_B, [row.params for row in rows])
-    cumulative_BV = weight_BV.cumsum(-1)
-    total_B = cumulative_BV[:, -1]
+    params, vocab_size = [row.params for row in rows], logits_BV.shape[1]
     numbers = [len(row.output_ids) for row in rows]
     uniform = uniforms([row.seed for row in rows], [row.fork for row in rows], numbers)
     uniform_B = torch.from_numpy(uniform).to(logits_BV.device)
+    if _has_leaves(logits_BV) and all(_keeps_all(row, vocab_size) for row in params):
+        temperature_B = torch.tensor([row.temperature for row in params], dtype=torch.float64)
+        bits = _weight_bits(vocab_size)
+        return draw(logits_BV, best_B, temperature_B=temperature_B, uniform_B=uniform_B, bits=bits)
+    weight_BV = _weights(logits_BV, best_B, params)
+    cumulative_BV = weight_BV.cumsum(-1)
+    total_B = cumulative_BV[:, -1]
     # Rounding may give the total itself, which lies behind the last token.
     target_B = torch.minimum((uniform_B * total_B.double()).to(torch.int64), total_B - 1)
     choice_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True).squeeze(1)
-    return choice_B.clamp(max=logits_BV.shape[1] - 1)  # rows without any weight: their choice is not used
+    return choice_B.clamp(max=vocab_size - 1)  # rows without any weight: their choice is not used
 
 
 def _weights(logits_BV: Tensor, best_B: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -133,12 +146,30 @@ def _weights(logits_BV: Tensor, best_B: Tensor, params: Sequence[SamplingParams]
     if any(row.min_p > 0 for row in params):
         min_p_B = vector([row.min_p for row in params])
         share_BV.masked_fill_(share_BV < min_p_B[:, None], 0.0)
-    weight_BV = share_BV.mul_(2.0 ** (62 - vocab_size.bit_length())).to(torch.int64)
-    top_k = [row.top_k if 0 < row.top_k < vocab_size else vocab_size for row in params]
-    if min(top_k) == vocab_size and all(row.top_p == 1 for row in params):
+    weight_BV = share_BV.mul_(2.0 ** _weight_bits(vocab_size)).to(torch.int64)
+    if all(row.top_p == 1 and not 0 < row.top_k < vocab_size for row in params):
         return weight_BV
+    top_k = [row.top_k if 0 < row.top_k < vocab_size else vocab_size for row in params]
     top_k_B, top_p_B = torch.tensor(top_k, device=device), vector([row.top_p for row in params])
     return truncate(logits_BV, weight_BV, top_k_B=top_k_B, top_p_B=top_p_B)
+
+
+def _rows_of(logits_BV: Tensor, numbers: list[int]) -> Tensor:
+    """Return some rows, in ascending order; the tensor itself where that is all of them."""
+    return logits_BV if len(numbers) == len(logits_BV) else logits_BV[torch.tensor(numbers, device=logits_BV.device)]
+
+
+def _weight_bits(vocab_size: int) -> int:
+    return 62 - vocab_size.bit_length()
+
+
+def _keeps_all(params: SamplingParams, vocab_size: int) -> bool:
+    """Whether no token is left out for its small probability."""
+    return params.min_p <= 0 and params.top_p == 1 and not 0 < params.top_k < vocab_size
+
+
+def _has_leaves(logits_BV: Tensor) -> bool:
+    return takes_leaves(logits_BV.device, logits_BV.dtype) and logits_BV.is_contiguous()
 
 
 def _not_numbers(best: Tensor) -> OptGPTQError:

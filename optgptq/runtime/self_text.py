@@ -5,22 +5,28 @@ Shapes: `W` windows, `S` positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from optgptq.errors import TextError
+from optgptq.journal.store import NothingKept
 from optgptq.memory import return_free_memory, smaller_batch
 from optgptq.models.decoder import Decoder
+from optgptq.models.inventory import model_linears, outer_linears
 from optgptq.runtime.engine import Engine
 from optgptq.runtime.engine_settings import EngineSettings
+from optgptq.runtime.kept_texts import KeptTexts
 from optgptq.runtime.llm import generate
-from optgptq.runtime.results import GenerationResult
 from optgptq.scheduling.sampling_params import SamplingParams
 
 # Texts at a time: more rows add nothing to the speed of a matrix product.
 _RUNNING = 128
+# What is written at a time is also what a stop costs. On a processor of two cores so many operations take a minute;
+# below 32 rows its products lose more than an eighth of their speed. A GPU takes as long for one text as for all.
+_PART_OPERATIONS = 6_000_000_000_000
+_FEWEST = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +61,7 @@ def write_windows(
     *,
     writing: SelfWriting,
     bos_token_id: int | None,
+    kept: KeptTexts | None = None,
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> torch.Tensor:
@@ -70,10 +77,12 @@ def write_windows(
         window_size: tokens per window.
         writing: how tokens are chosen.
         bos_token_id: the model's BOS token or None.
-        progress: called with tokens written and wanted, after each round of texts.
+        kept: parts of the text that were finished before, and where those that get finished now go.
+        progress: called with tokens written and wanted, after each part.
         warn: takes a sentence for the user where memory ran out and fewer texts are written at a time.
 
     Raises:
+        CapacityError, OutputError: a part cannot be kept.
         TextError: the model has neither a BOS nor an end token to start from, or it writes nothing but end tokens.
         NumericalError: the model gives logits that are not numbers.
     """
@@ -83,55 +92,129 @@ def write_windows(
     start = bos_token_id if bos_token_id is not None else next(iter(known), None)
     if start is None:
         raise _no_text("a BOS or an end token to start from", "neither in tokenizer and config")
-    writer = _Writer(decoder, max_length=window_size + 1, warn=warn)
+    kept = KeptTexts(NothingKept()) if kept is None else kept
+    writer = _Writer(decoder, start, writing, window_size=window_size, kept=kept, warn=warn)
+    stream = _joined(writer, num_windows, window_size, bos_token_id=bos_token_id, progress=progress)
+    return torch.tensor(stream, dtype=torch.int64).view(num_windows, window_size)
+
+
+def _joined(
+    writer: _Writer,
+    num_windows: int,
+    window_size: int,
+    *,
+    bos_token_id: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> list[int]:
+    """Return as many tokens as the windows take, from as many texts as that takes."""
     wanted = num_windows * window_size
     stream: list[int] = []
     num_texts, count = 0, num_windows
     while len(stream) < wanted:
-        # A text's randomness depends on its number alone, so the rounds do not show in the result.
-        params = [writing.params(num_texts + index, max_tokens=window_size) for index in range(count)]
-        for result in writer.write(start, params):
-            if result.error is not None:
-                raise result.error
-            if stream and bos_token_id is not None:
-                stream.append(bos_token_id)
-            stream += result.token_ids
-        num_texts += count
+        # Nothing but finished texts decides how the next ones are divided, so a stop does not show in the parts.
+        usual_length = min(-(-len(stream) // num_texts), window_size) if num_texts else window_size
+        for texts in writer.parts(num_texts, count, usual_length=usual_length):
+            for text in texts:
+                if stream and bos_token_id is not None:
+                    stream.append(bos_token_id)
+                stream += text
+            num_texts += len(texts)
+            if progress is not None:
+                progress(min(len(stream), wanted), wanted)
+            if len(stream) >= wanted:
+                break
         if len(stream) < 2 * num_texts:
             raise _no_text("text after the start token", f"{len(stream)} tokens in {num_texts} texts")
-        if progress is not None:
-            progress(min(len(stream), wanted), wanted)
         missing = wanted - len(stream)
         count = -(-missing * num_texts // len(stream))
-    return torch.tensor(stream[:wanted], dtype=torch.int64).view(num_windows, window_size)
+    return stream[:wanted]
 
 
 class _Writer:
-    """An engine, and a new one with half as many texts at a time whenever memory runs out."""
+    """Writes texts part by part, with half as many at a time whenever memory runs out.
 
-    def __init__(self, decoder: Decoder, *, max_length: int, warn: Callable[[str], None] | None) -> None:
+    A text's randomness depends on its number alone, but its logits are rounded as its company has it. A part always
+    begins with an engine that has done nothing: so it is the same text whether those before it were written or read.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        start: int,
+        writing: SelfWriting,
+        *,
+        window_size: int,
+        kept: KeptTexts,
+        warn: Callable[[str], None] | None,
+    ) -> None:
         self._decoder = decoder
-        self._settings = EngineSettings(max_length=max_length, prefix_cache=False)
-        self._running = _RUNNING
+        self._start = start
+        self._writing = writing
+        self._window_size = window_size
+        self._kept = kept
         self._warn = warn
         self._engine: Engine | None = None
+        self._num_parts = 0
+        self._told: list[str] = []
+        self._size = _part_size(decoder, window_size)
+        self._running, told = kept.running() or (self._size, [])
+        for sentence in told:
+            self._tell(sentence)
 
-    def write(self, start: int, params: Sequence[SamplingParams]) -> list[GenerationResult]:
-        """Return one text for each of the parameters; what is written depends on them alone."""
+    def parts(self, first: int, count: int, *, usual_length: int) -> Iterator[list[list[int]]]:
+        """Yield the tokens of texts `first` to `first + count`, part by part; short texts make parts of more texts."""
+        size = self._size * self._window_size // usual_length
+        for begin in range(first, first + count, size):
+            num_texts = min(size, first + count - begin)
+            texts = self._kept.get(self._num_parts, num_texts)
+            if texts is None:
+                texts = self._write(range(begin, begin + num_texts))
+                self._kept.put(self._num_parts, texts)
+            self._num_parts += 1
+            yield texts
+
+    def _write(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Return the tokens of texts `numbers`."""
+        params = [self._writing.params(number, max_tokens=self._window_size) for number in numbers]
         while True:
             try:
-                self._engine = self._engine or self._start()
-                return generate(self._engine, [[start]] * len(params), params)
+                engine = self._fresh_engine()
+                results = generate(engine, [[self._start]] * len(params), params)
+                break
             except (MemoryError, RuntimeError) as error:
                 fewer = smaller_batch(error, self._running)
             self._engine = None
             return_free_memory()
-            if self._warn is not None:
-                self._warn(f"memory ran out: {fewer} instead of {self._running} texts are written at a time")
+            self._tell(f"memory ran out: {fewer} instead of {self._running} texts are written at a time")
             self._running = fewer
+            self._kept.put_running(fewer, self._told)
+        for result in results:
+            if result.error is not None:
+                raise result.error
+        return [result.token_ids for result in results]
 
-    def _start(self) -> Engine:
-        return Engine(self._decoder, None, replace(self._settings, max_running=self._running))
+    def _fresh_engine(self) -> Engine:
+        if self._engine is None:
+            settings = EngineSettings(max_length=self._window_size + 1, prefix_cache=False, max_running=self._running)
+            self._engine = Engine(self._decoder, None, settings)
+        else:
+            self._engine.reset()
+        return self._engine
+
+    def _tell(self, sentence: str) -> None:
+        self._told.append(sentence)
+        if self._warn is not None:
+            self._warn(sentence)
+
+
+def _part_size(decoder: Decoder, window_size: int) -> int:
+    """Return how many texts of full length make a part."""
+    if decoder.device.type != "cpu":
+        return _RUNNING
+    spec = decoder.spec
+    num_weights = sum(linear.out_features * linear.in_features for linear in model_linears(spec))
+    num_weights += sum(rows * columns for rows, columns in outer_linears(spec).values())
+    return min(_RUNNING, max(_FEWEST, _PART_OPERATIONS // (2 * num_weights * window_size)))
 
 
 def _no_text(expected: str, found: str) -> TextError:

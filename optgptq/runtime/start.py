@@ -20,6 +20,7 @@ from optgptq.runtime.cache_plan import CachePlan, exact_pages, layer_page_bytes,
 from optgptq.runtime.engine_settings import EngineSettings
 from optgptq.runtime.fused_linears import fuse_linears
 from optgptq.runtime.graphs import DeviceRecorder
+from optgptq.runtime.joined_layer import join_layers
 from optgptq.runtime.memory_plan import MemoryPlan, plan_memory
 from optgptq.runtime.packed_linears import pack_linears
 from optgptq.runtime.page_pool import PagePool
@@ -63,7 +64,7 @@ def start_runner(
     fused = fuse_linears(decoder)
     pack_linears(fused)
     runner = Runner.start(
-        fused,
+        join_layers(fused),
         pool,
         attention,
         cache=attend,

@@ -54,7 +54,16 @@ def linear_kinds(subject: TargetSubject, tensor_parallel: int) -> tuple[LinearKi
         shares = [_device_rows(one, members, subject, parallel if splits == "rows" else 1) for one in members]
         rows = None if None in shares else sum(share or 0 for share in shares)
         columns = _share(layout.in_features, parallel if splits == "columns" else 1)
-        key = (_settings(layout), layout.out_features, layout.in_features, layout.stored_transposed, rows, columns)
+        is_head = layout.name == subject.head_name
+        key = (
+            is_head,
+            _settings(layout),
+            layout.out_features,
+            layout.in_features,
+            layout.stored_transposed,
+            rows,
+            columns,
+        )
         names.setdefault(key, []).append(layout.name)
         kinds.setdefault(key, LinearKind(layout=layout, names=(), rows=rows, own_rows=own_rows, columns=columns))
     return tuple(
@@ -108,6 +117,8 @@ def _kernel_misses(kernel: Kernel, kind: LinearKind, subject: TargetSubject) -> 
         yield _Miss("group_size", f"a group size that is a multiple of {kernel.group_multiple}", str(size))
     if kernel.model_dtypes and subject.model_dtype not in kernel.model_dtypes:
         yield _Miss("dtype", f"activations in {_list(kernel.model_dtypes)}", subject.model_dtype)
+    if not kernel.head and layout.name == subject.head_name:
+        yield _Miss("head", "a linear of a decoder layer", "the output head")
     yield from _shape_misses(kernel, kind.rows or 0, kind.columns or 0)
 
 

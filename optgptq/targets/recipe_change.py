@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from pydantic import ValidationError
 
+from optgptq.recipe.head import HeadRecipe
 from optgptq.recipe.overrides import apply_override
 from optgptq.recipe.records import Recipe
 from optgptq.recipe.weights import BINARY_METHODS
@@ -39,6 +40,7 @@ def _settings(recipe: Recipe, change: Change) -> Iterator[str]:
         yield f"weights.group_size={change.group_size}"
     if change.symmetric and not weights.symmetric:
         yield "weights.symmetric=true"
+    yield from _head_settings(recipe, change)
     if change.drop_rules:
         if weights.rules:
             yield "weights.rules=[]"
@@ -49,6 +51,24 @@ def _settings(recipe: Recipe, change: Change) -> Iterator[str]:
     patterns = [*kept, *dense_patterns(change.keep_dense)]
     if tuple(patterns) != weights.keep_dense:
         yield f"weights.keep_dense={json.dumps(patterns)}"
+
+
+def _head_settings(recipe: Recipe, change: Change) -> Iterator[str]:
+    head = recipe.head
+    if not head.is_quantized:
+        return
+    if change.dense_head:
+        # Its other fields mean nothing then, and must have their defaults.
+        for name, field in HeadRecipe.model_fields.items():
+            if getattr(head, name) != field.default:
+                yield f"head.{name}={json.dumps(field.default)}"
+        return
+    if change.bits is not None and head.bits is not None and head.bits < change.bits:
+        yield f"head.bits={change.bits}"
+    if change.group_size is not None and head.group_size not in (None, change.group_size):
+        yield f"head.group_size={change.group_size}"
+    if change.symmetric and not head.symmetric:
+        yield "head.symmetric=true"
 
 
 def _rule_settings(recipe: Recipe, change: Change) -> Iterator[str]:

@@ -27,6 +27,7 @@ class Kernel:
         row_multiple, column_multiple: rows and columns of what one device holds are multiples of these.
         tiles: pairs (columns, rows), of which one must divide what one device holds.
         model_dtypes: dtypes of activations.
+        head: takes an output head as well.
         package: what must be installed beside the engine.
         note: what to know where only this kernel takes a linear.
     """
@@ -42,6 +43,7 @@ class Kernel:
     column_multiple: int = 1
     tiles: tuple[tuple[int, int], ...] = ()
     model_dtypes: tuple[str, ...] = ()
+    head: bool = True
     package: str = ""
     note: str = ""
 
@@ -91,6 +93,8 @@ class LoadPath:
         mixed: linears may differ from each other.
         dense_linears: linears in decoder layers may stay dense.
         quantized_head: the output head may be quantized.
+        head_row_multiple: rows of a quantized head are a multiple of it.
+        tied_families: model types whose head is the embedding whatever the config says.
         transposed: linears that the model stores `[I, O]` (GPT-2) may be quantized.
         loose_words: widths that do not divide 32 may be packed with unused bits, as before compressed-tensors 0.18.
         binary: sums of signs.
@@ -122,6 +126,8 @@ class LoadPath:
     mixed: bool = True
     dense_linears: bool = True
     quantized_head: bool = False
+    head_row_multiple: int = 1
+    tied_families: tuple[str, ...] = ()
     transposed: bool = True
     loose_words: bool = False
     binary: bool = False

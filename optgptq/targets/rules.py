@@ -111,8 +111,7 @@ def _layout_refusals(path: LoadPath, subject: TargetSubject) -> Iterator[Refusal
     if quantized and dense and not path.dense_linears:
         expected = "every linear of the decoder layers quantized: it does not look at the rules of the file"
         yield Refusal.of(path, "dense", names=dense, expected=expected, found="dense linears")
-    if not path.quantized_head and any(layout.name == subject.head_name for layout in quantized):
-        yield Refusal.of(path, "head", names=(subject.head_name,), expected="a dense output head", found="a packed one")
+    yield from _head_refusals(path, subject)
     transposed = tuple(layout.name for layout in quantized if layout.stored_transposed)
     if transposed and not path.transposed:
         yield Refusal.of(path, "transposed", names=transposed, expected="nn.Linear modules", found="Conv1D modules")
@@ -126,6 +125,21 @@ def _layout_refusals(path: LoadPath, subject: TargetSubject) -> Iterator[Refusal
     if subject.loose_words and not path.loose_words:
         expected = "codes without gaps, as compressed-tensors packs them since 0.18"
         yield Refusal.of(path, "packing", expected=expected, found="unused bits in every word, as before 0.18")
+
+
+def _head_refusals(path: LoadPath, subject: TargetSubject) -> Iterator[Refusal]:
+    head = next((layout for layout in subject.quantized if layout.name == subject.head_name), None)
+    if head is None:
+        return
+    names = (head.name,)
+    if not path.quantized_head:
+        yield Refusal.of(path, "head", names=names, expected="a dense output head", found="a packed one")
+    elif subject.model_type in path.tied_families:
+        expected = f"a dense head, as its {subject.model_type} always computes with the embedding"
+        yield Refusal.of(path, "head", names=names, expected=expected, found="a packed one")
+    elif head.out_features % path.head_row_multiple:
+        expected = f"a vocabulary in multiples of {path.head_row_multiple}, since it pads no packed head"
+        yield Refusal.of(path, "head", names=names, expected=expected, found=str(head.out_features))
 
 
 def _zero_point_refusals(path: LoadPath, subject: TargetSubject) -> Iterator[Refusal]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from optgptq.targets.records import Kernel, LoadPath, Source
-from optgptq.targets.vllm import MARLIN_GROUPS
+from optgptq.targets.vllm import HEAD_ROWS, MARLIN_GROUPS, TIED_FAMILIES
 
 VERSION = "0.5.23"
 _DATE = "2026-11-22"
@@ -42,9 +42,22 @@ _DENSE_PATH = LoadPath(
     fused_apart=True,
     refused_families=_REFUSED_FAMILIES,
 )
-_PACKED = replace(_DENSE_PATH, fused_apart=False, quantized_head=True, source=_GPTQ, formats=("gptq", "gptq_v2"))
+_PACKED = replace(
+    _DENSE_PATH,
+    fused_apart=False,
+    quantized_head=True,
+    head_row_multiple=HEAD_ROWS,
+    tied_families=TIED_FAMILIES,
+    source=_GPTQ,
+    formats=("gptq", "gptq_v2"),
+)
 _WNA16_PATH = replace(
-    _PACKED, name="compressed-tensors wNa16", source=_WNA16, formats=("compressed-tensors",), fp8_scales=("tensor",)
+    _PACKED,
+    name="compressed-tensors wNa16",
+    source=_WNA16,
+    formats=("compressed-tensors",),
+    head_row_multiple=1,
+    fp8_scales=("tensor",),
 )
 _HUMMING_PATH = replace(
     _PACKED,

@@ -22,6 +22,7 @@ class Change:
         bits: linears with fewer get this width.
         group_size: all linears get it.
         keep_dense: names of linears that stay dense.
+        dense_head: the output head stays dense.
         uniform: a method that makes uniform grids in place of sums of signs.
         drop_rules: no linear differs from the others any more.
         tensor_parallel: devices that share a linear.
@@ -32,6 +33,7 @@ class Change:
     bits: int | None = None
     group_size: int | None = None
     keep_dense: tuple[str, ...] = ()
+    dense_head: bool = False
     uniform: bool = False
     drop_rules: bool = False
     tensor_parallel: int | None = None

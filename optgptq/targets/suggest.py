@@ -24,6 +24,7 @@ COSTS = {
     "symmetric": 3,
     "tensor_parallel": 4,
     "bits": 5,
+    "dense_head": 5,
     "keep_dense": 6,
     "uniform": 7,
     "drop_rules": 8,
@@ -162,8 +163,9 @@ def _changes(target: Target, subject: TargetSubject, tensor_parallel: int) -> It
         (False, True) if mixed or dense else (False,),
         (True,) if binary and not any(path.binary for path in target.paths) else (False,),
         (None, *_fewer_devices(tensor_parallel)),
+        (False, True) if any(layout.name == subject.head_name for layout in subject.quantized) else (False,),
     )
-    for form, symmetric, bits, group_size, drop_rules, uniform, devices in choices:
+    for form, symmetric, bits, group_size, drop_rules, uniform, devices, dense_head in choices:
         yield Change(
             format=form,
             symmetric=symmetric,
@@ -172,6 +174,7 @@ def _changes(target: Target, subject: TargetSubject, tensor_parallel: int) -> It
             drop_rules=drop_rules,
             uniform=uniform,
             tensor_parallel=devices,
+            dense_head=dense_head,
         )
 
 

@@ -13,7 +13,7 @@ from optgptq.targets.subject import Change, TargetSubject, Varied
 
 def vary_layouts(subject: TargetSubject, change: Change) -> Varied | None:
     """Return `subject` as if quantized again with `change`; None where a linear cannot have what is asked."""
-    dense = set(change.keep_dense)
+    dense = {*change.keep_dense, *([subject.head_name] if change.dense_head else [])}
     layouts = [_changed(layout, change, dense=layout.name in dense) for layout in subject.layouts]
     if change.drop_rules:
         layouts = _alike(layouts, subject)
@@ -43,6 +43,8 @@ def settings_of(change: Change) -> tuple[str, ...]:
         settings.append(f"weights.group_size={change.group_size}")
     if change.symmetric:
         settings.append("weights.symmetric=true")
+    if change.dense_head:
+        settings.append("head.bits=null")
     if change.drop_rules:
         settings += ["weights.rules=[]", "weights.keep_dense=[]"]
     if change.keep_dense:

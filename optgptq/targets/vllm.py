@@ -31,11 +31,16 @@ _ANY = Kernel(
     name="Humming",
     bits=(2, 3, 4, 5, 6, 7, 8),
     asymmetric=True,
+    head=False,
     note="runs on the Humming kernels, which need an NVIDIA GPU of compute capability 7.5 or newer",
 )
 
 
 _ALL_BITS = (2, 3, 4, 5, 6, 7, 8)
+# They demand a config that ties the head to the embedding.
+TIED_FAMILIES = ("gemma", "gemma2")
+# Heads are padded to a multiple of it, and the loader pads the first dimension, which of GPTQ words is the input's.
+HEAD_ROWS = 64
 _GPTQ_TRITON = replace(_TRITON, asymmetric=False, group_sizes=MARLIN_GROUPS)
 _GPTQ_EXLLAMA = replace(_EXLLAMA, group_sizes=MARLIN_GROUPS[1:])
 _GPTQ_CPU = replace(_CPU, asymmetric=False, group_sizes=MARLIN_GROUPS)
@@ -62,6 +67,8 @@ _GPTQ_PATH = replace(
     fused_apart=False,
     act_order="whole rows",
     quantized_head=True,
+    head_row_multiple=HEAD_ROWS,
+    tied_families=TIED_FAMILIES,
 )
 _WNA16_PATH = replace(
     _DENSE_PATH,
@@ -70,6 +77,7 @@ _WNA16_PATH = replace(
     source=_WNA16,
     fused_apart=False,
     quantized_head=True,
+    tied_families=TIED_FAMILIES,
     fp8_scales=("tensor", "head"),
 )
 _HUMMING_PATH = replace(

@@ -123,6 +123,7 @@ class ModelChange:
         return {name: change for name, change in changes.items() if change.changes_rows or change.changes_columns}
 
     def _layer_linear(self, linear: LinearInfo) -> LinearChange:
+        assert linear.stage != "head"
         transposed = linear.stored_transposed
         scales = self.kv_scales[linear.layer_index] if self.kv_scales else KVScales()
         if linear.stage in ("o", "down"):

@@ -32,12 +32,18 @@ _TIED_KEY = "tie_word_embeddings"
 
 
 def transformed_source(
-    source: TensorSource, spec: DecoderSpec, settings: TransformSettings, *, kv_scales: Sequence[KVScales] = ()
+    source: TensorSource,
+    spec: DecoderSpec,
+    settings: TransformSettings,
+    *,
+    kv_scales: Sequence[KVScales] = (),
+    own_head: bool = False,
 ) -> tuple[TensorSource, DecoderSpec]:
     """Return `source` with transformed tensors, and the spec of the model in it; both as given where nothing changes.
 
     Embedding and head become two tensors where they were tied and no longer are equal; config and spec then say so.
-    `kv_scales`, one record per decoder layer, are scales of the keys and values that the model has after `settings`.
+    `own_head` asks for that whether or not they differ. `kv_scales`, one record per decoder layer, are scales of the
+    keys and values that the model has after `settings`.
     All changes of a tensor are computed together and rounded once.
     Reads the norms.
 
@@ -45,7 +51,8 @@ def transformed_source(
         ModelError: the model would compute something else (`check_transform`, `check_kv_scales`), or a norm cannot be
             folded.
     """
-    if settings.changes_nothing and not kv_scales:
+    separates = own_head and spec.tied_head
+    if settings.changes_nothing and not kv_scales and not separates:
         return source, spec
     family = family_of(source.config).name
     check_transform(spec, settings, family=family)
@@ -55,7 +62,7 @@ def transformed_source(
     residual = residual_rotation(spec, settings)
     change = ModelChange(spec=spec, settings=settings, norms=norms, residual=residual, kv_scales=kv_scales)
     linears = change.linear_changes()
-    unties = spec.tied_head and (spec.names.embedding in linears or spec.names.head in linears)
+    unties = separates or (spec.tied_head and (spec.names.embedding in linears or spec.names.head in linears))
     origins = _origins(source, spec) if unties else {}
     tensors = {**source.tensors, **{name: replace(source.info(old), name=name) for name, old in origins.items()}}
     view = TransformedSource(

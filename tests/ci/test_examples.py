@@ -106,7 +106,8 @@ def test_the_action_ends_with_the_code_of_the_job(workspace, tmp_path, code):
 
 
 @pytest.mark.parametrize(
-    ("codes", "attempts"), [([0], 1), ([75, 143, 0], 3), ([75] * 6, 5), ([3, 0], 1), ([5, 0], 1), ([75, 7], 2)]
+    ("codes", "attempts"),
+    [([0], 1), ([137, 143, 0], 3), ([143] * 6, 5), ([3, 0], 1), ([5, 0], 1), ([137, 7], 2), ([75], 1)],
 )
 def test_the_shell_script_tries_again_where_that_can_help(workspace, tmp_path, codes, attempts):
     commands = fake_command(tmp_path / "commands", *codes)
@@ -116,6 +117,33 @@ def test_the_shell_script_tries_again_where_that_can_help(workspace, tmp_path, c
     lines = (commands / "log").read_text().splitlines()
     assert sum(line.startswith("quantize ") for line in lines) == attempts
     assert lines[-1].startswith("report") == (ended.code in (0, 7))
+
+
+@pytest.mark.parametrize(("limit", "started"), [("0", 0), ("1", 1)])
+def test_the_shell_script_leaves_in_time_for_the_next_job(workspace, tmp_path, limit, started):
+    """The first attempt is stopped at the limit; there is no time for a second."""
+    commands = fake_command(tmp_path / "commands", 0)
+    slow = "#!/bin/bash\ncase $1 in quantize) echo >>started; trap 'exit 143' TERM; sleep 20 & wait ;; esac\n"
+    (commands / "optgptq").write_text(slow)
+    (script,) = page_blocks("bash")
+    ended = run_bash(script, workspace, environment(commands, LIMIT=limit), "model", "recipe.yaml", "out")
+    assert ended.code == 75
+    assert "the same command goes on" in ended.stderr
+    notes = workspace / "started"
+    assert (len(notes.read_text()) if notes.exists() else 0) == started
+
+
+def test_another_model_in_the_same_folder_is_another_job(workspace, tmp_path):
+    step = next(step for step in action()["runs"]["steps"] if step.get("id") == "names")
+    (workspace / "model").mkdir()
+    base = {"MODEL": "model", "REVISION": "", "RECIPE": "r", "FIELDS": "", "OUTPUT": "out", "DEVICE": "cpu"}
+    commands, jobs = fake_command(tmp_path / "commands"), []
+    for name, content in (("config.json", "{}"), ("config.json", "[]"), ("a b.json", "{}")):
+        (workspace / "model" / name).write_text(content)
+        variables = environment(commands, **base)
+        jobs += [run_bash(step["run"], workspace, variables).outputs["job"] for _ in range(2)]
+    assert [jobs[index] == jobs[index + 1] for index in range(0, 6, 2)] == [True] * 3
+    assert len(set(jobs)) == 3
 
 
 def test_the_gitlab_job_runs_its_lines_in_order(workspace, tmp_path):

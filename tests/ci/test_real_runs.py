@@ -54,7 +54,7 @@ def test_the_action_leaves_checkpoint_figures_and_report_even_where_a_gate_is_mi
 def test_the_shell_script_does_the_whole_job(workspace):
     (workspace / "recipe.yaml").write_text(RECIPE + "gates: {window_size: 128}\n")
     (script,) = page_blocks("bash")
-    variables = environment(workspace, MAX_INCREASE="1000", SET="gates.max_tokens=512", LIMIT="5m")
+    variables = environment(workspace, MAX_INCREASE="1000", SET="gates.max_tokens=512", LIMIT="300")
     ended = run_bash(script, workspace, variables, MODEL, "recipe.yaml", "out")
     assert ended.code == 0, ended.stderr
     assert ended.stdout.endswith("done: out\n")

@@ -13,7 +13,9 @@ from support.pages import Page
 from support.runs import EVALUATION
 
 from optgptq.checkpoint.folder import CheckpointFolder
+from optgptq.checkpoint.lock import work_folder
 from optgptq.checkpoint.manifest import write_manifest
+from optgptq.journal.store import open_journal
 from optgptq.reports.run_record import build_run_record, record_path, write_run_record
 from optgptq_cli.main import main
 
@@ -125,3 +127,14 @@ def test_pictures_are_drawn_by_this_command_only() -> None:
         "sys.exit('matplotlib' in sys.modules or 'jinja2' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_job_that_is_not_finished_says_what_it_has_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    with open_journal(work_folder(output)) as journal:
+        journal.begin({"key": {}, "num_decoder_layers": 3})
+        journal.put("layer-00000", {}, {})
+        assert main(["report", str(output)]) == 3
+    told = capsys.readouterr().err
+    assert "a job that was interrupted" in told
+    assert "1 finished decoder layer is kept. Run the same command again" in told

@@ -115,3 +115,18 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert path.read_bytes() == b"<third/>"
     with pytest.raises(OutputError):
         write_junit(tmp_path / "missing" / "gates.xml", b"")
+
+
+def test_a_job_without_gates_is_a_case_that_passed() -> None:
+    root = parsed(junit_xml((), properties={}, seconds=2.0))
+    (case,) = root.iter("testcase")
+    assert (case.get("name"), [child.tag for child in case]) == ("job", ["system-out"])
+    assert (root.get("tests"), root.get("errors")) == ("1", "0")
+
+
+def test_a_job_that_failed_is_an_error() -> None:
+    root = parsed(junit_xml((), properties={}, seconds=2.0, problem="layer 3: no number"))
+    (case,) = root.iter("testcase")
+    (error,) = case
+    assert (error.tag, error.get("message")) == ("error", "layer 3: no number")
+    assert (root.get("tests"), root.get("errors"), root.get("failures")) == ("1", "1", "0")

@@ -87,6 +87,19 @@ def test_linears_and_columns_that_were_rounded_to_nearest_count():
     assert found("max_rtn_share", record()) == Figure(value=0, where=None)
 
 
+@pytest.mark.parametrize(("method", "share"), [("rtn", 0), ("gptq", 50)])
+def test_a_head_is_judged_by_the_method_that_was_asked_of_it(method, share):
+    head = StoredLinear(name="lm_head", out_features=5, in_features=10, is_dense=False, is_head=True)
+    content = record(entry("a"), entry("lm_head", method="rtn"))
+    content["recipe"]["head"] = {"method": method}
+    gates = [Gate(kind=GATES[name], limit=0.5, asked_as=name) for name in ("max_rtn_share", "max_dense_share")]
+    figures = recorded_figures(gates, content, (*LINEARS, head))
+    require_figures(figures)
+    assert figures["max_rtn_share"].value == share / (NUM_WEIGHTS + 50)
+    # Of decoder layers alone.
+    assert figures["max_dense_share"].value == 100 / NUM_WEIGHTS
+
+
 def test_rounding_that_was_asked_for_is_no_fallback():
     content = record(entry("a", method="rtn", num_dead_inputs=3), method="rtn")
     assert found("max_rtn_share", content) == Figure(value=0, where=None)

@@ -44,6 +44,7 @@ def test_killed_at_random_times(name: str, case_of: Callable[[str], Case]) -> No
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", METHODS)
 def test_two_hundred_kills(name: str, case_of: Callable[[str], Case]) -> None:
     killed_often(case_of(name), 200, random.Random(f"nightly {name}"))

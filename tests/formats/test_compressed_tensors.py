@@ -166,6 +166,17 @@ def test_uniform_configuration() -> None:
     assert QuantizationConfig.model_validate(config).config_groups["group_0"].weights.num_bits == 4
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_head_in_codes_is_named_and_not_ignored(bits: int) -> None:
+    """Engines build heads of a class that `Linear` does not match."""
+    head = LinearLayout(name="lm_head", out_features=1024, in_features=128, bits=bits, group_size=128)
+    config = COMPRESSED_TENSORS.quantization_config([*story_layouts(group_size=128), head])
+    assert config["ignore"] == []
+    targets = [group["targets"] for group in config["config_groups"].values()]
+    assert targets == [["Linear", "re:^lm_head$"]] if bits == 4 else ["re:^lm_head$"] in targets
+    QuantizationConfig.model_validate(config)
+
+
 def test_one_group_per_row_is_the_channel_strategy() -> None:
     weights = COMPRESSED_TENSORS.quantization_config([layout_of(group_size=-1)])["config_groups"]["group_0"]["weights"]
     assert (weights["strategy"], weights["group_size"]) == ("channel", None)

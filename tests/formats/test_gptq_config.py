@@ -73,6 +73,17 @@ def test_dense_head_needs_no_rule() -> None:
     assert config["lm_head"] is False
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_out"])
+def test_a_head_in_codes_is_said_and_has_a_rule_where_it_differs(name: str) -> None:
+    inner = [linear(f"model.layers.{index}.a") for index in range(2)]
+    config = GPTQ_V1.quantization_config([*inner, linear(name)])
+    assert config["lm_head"] is True
+    assert "dynamic" not in config
+    config = GPTQ_V1.quantization_config([*inner, linear(name, bits=8, group_size=-1)])
+    assert config["lm_head"] is True
+    assert config["dynamic"] == {f"+:^{name}$": {"bits": 8, "group_size": -1, "sym": True}}
+
+
 def test_nothing_quantized_is_refused() -> None:
     with pytest.raises(TargetError, match="at least one quantized linear"):
         GPTQ_V1.quantization_config([linear("a", bits=None)])

@@ -11,8 +11,10 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import parquet
+from support.checkpoints import STORY_LLAMA, quantize_all, story_layouts, write_checkpoint
 from support.texts import write_tokenizer
 
+from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.checkpoint.hub import resolve_model
 from optgptq.checkpoint.paths import require_inside
 from optgptq.checkpoint.safetensors_header import parse_header
@@ -26,6 +28,7 @@ from optgptq.recipe.loading import load_recipe
 from optgptq.recipe.sources import source_kind
 from optgptq.runtime.field_values import sampling_params
 from optgptq.targets.suggest import _fewer_devices
+from optgptq_cli.main import main
 from optgptq_cli.output import write_json, write_result
 
 LONG = "9" * 5000  # Python reads and writes no whole number of more than 4300 digits
@@ -147,3 +150,16 @@ def test_a_number_of_devices_that_no_machine_has():
     assert _fewer_devices(2**40)[:2] == [1024, 512]
     assert _fewer_devices(6) == [3, 2, 1]
     assert _fewer_devices(1) == []
+
+
+def test_notes_and_warnings_of_a_manifest_that_are_numbers(tmp_path, capsys):
+    folder, source = tmp_path / "out", CheckpointFolder.open(STORY_LLAMA)
+    layouts = story_layouts()
+    weights = quantize_all(source, layouts, format_name="gptq")
+    write_checkpoint(source, folder, layouts, weights, format_name="gptq")
+    manifest = {"files": {}, "warnings": 5, "layers": [{"name": layouts[0].name, "notes": 7}], "dense": 3}
+    (folder / "optgptq_manifest.json").write_text(json.dumps(manifest))
+    assert main(["inspect", str(folder), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["warnings"] == []
+    assert [layer["notes"] for layer in told["layers"]] == [[]] * len(layouts)

@@ -20,7 +20,7 @@ from optgptq.kernels.binary import binary_matmul, binary_matmul_literal
 from optgptq.kernels.packed_binary import arrange_codes, arrange_inputs
 from optgptq.runtime.linear import pack_binary
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CUDA = torch.device("cuda")
 
 
 @settings(deadline=None, max_examples=40)
@@ -137,13 +137,6 @@ def test_inputs_of_a_move_to_another_device_stay_what_they_are():
     moved = packed.to("cpu")
     x = torch.randn(2, 64)
     assert torch.equal(binary_matmul(x, moved), binary_matmul(x, packed))
-
-
-def test_on_a_processor_torch_is_the_only_kernel():
-    choice = choose_binary_matmul(CPU, torch.float32)
-    assert (choice.operation, choice.name, choice.is_makeshift) == ("binary_matmul", "torch", False)
-    assert choice.reason.endswith("on cpu in float32: the only kernel for this device")
-    assert choice.call is binary_matmul
 
 
 def test_on_a_gpu_the_choice_says_what_is_lost(monkeypatch):

@@ -88,9 +88,11 @@ def test_rows_take_the_rows_of_everything():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_choice_says_what_it_is(dtype):
+def test_the_choice_says_what_it_is(dtype, monkeypatch):
+    monkeypatch.setattr("optgptq.kernels.takes_native", lambda *_: False)
     choice = choose_affine_matmul(torch.device("cpu"), dtype)
     assert choice.operation == "affine_matmul"
     assert choice.name == "reference"
     assert "cpu" in choice.reason
+    assert choice.is_makeshift
     assert choice.call is affine_matmul

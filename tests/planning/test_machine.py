@@ -41,14 +41,20 @@ def test_a_measurement_is_made_once(tmp_path: Path) -> None:
         "{",
         "[]",
         "null",
-        '{"version": 1}',
-        '{"version": 1, "machine": "another", "measured": {"disk": {"bytes": 1}}}',
+        '{"version": 2}',
+        '{"version": 2, "machine": "another", "since": 1e12, "measured": {"disk": {"bytes": 1}}}',
     ],
 )
 def test_a_file_that_says_nothing_is_measured_again(tmp_path: Path, content: str) -> None:
     (tmp_path / "machine.json").write_text(content, "utf-8")
     measure = Counted()
     assert MachineFile(tmp_path).get("disk", measure) == {"bytes": 10.0}
+
+
+def test_a_measurement_gets_old(tmp_path: Path) -> None:
+    measure, hour = Counted(), 3600.0
+    for time, count in [(0, 1), (11 * hour, 1), (13 * hour, 2), (12.5 * hour, 3), (24 * hour, 3)]:
+        assert MachineFile(tmp_path, clock=lambda time=time: time).get("disk", measure) == {"bytes": 10.0 * count}
 
 
 @pytest.mark.parametrize("value", ['"fast"', "true", "-1", "NaN", "1e999", "null"])

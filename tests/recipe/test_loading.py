@@ -35,6 +35,7 @@ SECTIONS = (
     "weights",
     "attention",
     "binary",
+    "head",
     "gqa",
     "transform",
     "norm_tweaking",

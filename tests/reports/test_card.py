@@ -82,6 +82,23 @@ def test_commands_are_of_those_that_load() -> None:
     assert "- vllm 1.0: slow\n" in body
 
 
+def test_optional_kernels_have_a_command_of_their_own() -> None:
+    loading = (answer("vllm"), answer("vllm", platform="humming"), answer("sglang", platform="humming"))
+    body = parts(model_card(run_data(loading=loading)))[1]
+    assert body.count("vllm serve PATH_OR_HUB_ID\n") == 1
+    assert body.count("vllm serve PATH_OR_HUB_ID --quantization humming\n") == 1
+    assert "--model-path PATH_OR_HUB_ID --quantization humming\n" in body
+
+
+@pytest.mark.parametrize(
+    ("source", "datasets"),
+    [("allenai/c4", ["allenai/c4"]), ("self", None), ("bundled:story-calibration", None), ("my/../x", None), (7, None)],
+)
+def test_the_data_set_of_the_calibration_is_named(source: object, datasets: list[str] | None) -> None:
+    data = run_data(manifest={"recipe": {"calibration": {"source": source}}})
+    assert front_matter(data).get("datasets") == datasets
+
+
 HOSTILE = "```\n---\n# <script>x</script> [a](b) | {{ 1 }} \x00\ud800"
 
 

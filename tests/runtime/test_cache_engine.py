@@ -124,7 +124,7 @@ def test_a_broken_scale_is_seen(models) -> None:
     """Mutation: a scale of queries that is not that of the keys."""
     folder, spec = models("llama-grouped_query")
     engine = cached_engine(folder, random_setup(spec, ["8"], PASTS["token"]))
-    (prompt,) = prompts_of(40)
+    (prompt,) = prompts_of(41)
     (outcome,) = outcomes(engine, [prompt])
     assert agree(logprob_errors(engine, prompt, outcome))
     engine = cached_engine(folder, random_setup(spec, ["8"], PASTS["token"]))

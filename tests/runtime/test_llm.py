@@ -58,7 +58,7 @@ def reference_tokens(folder: Path, prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_of_every_kind_held_dense_and_quantized(folders: dict[str, Path], kind: str) -> None:
     dense = LLM(folders[kind], weights="dense", settings=SETTINGS)
-    kept = LLM(folders[kind], weights="quantized", settings=SETTINGS)
+    kept = LLM(folders[kind], weights="exact", settings=SETTINGS)
     results = dense.generate(PROMPTS, GREEDY)
     expected = [reference_tokens(folders[kind], result.prompt_token_ids) for result in results]
     assert [result.token_ids for result in results] == expected

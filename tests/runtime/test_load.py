@@ -17,11 +17,12 @@ from optgptq.binary_weight import BinaryWeight
 from optgptq.bundled import bundled_path
 from optgptq.checkpoint.folder import CheckpointFolder
 from optgptq.errors import FormatError, ModelError
-from optgptq.kernels import packed_binary
-from optgptq.kernels.binary import binary_matmul
+from optgptq.kernels import choose_affine_matmul, choose_binary_matmul, packed_binary
+from optgptq.kernels.native_binary import NativeBinary
 from optgptq.kernels.packed_binary import PackedBinary
-from optgptq.kernels.reference import affine_matmul
 from optgptq.models.linear import Linear
+from optgptq.native.library import load_library
+from optgptq.native.products import product_paths
 from optgptq.packing import planes
 from optgptq.packing.planes import pack_planes
 from optgptq.runtime import load
@@ -29,6 +30,7 @@ from optgptq.runtime.linear import HELD_KINDS, QuantLinear
 from optgptq.runtime.load import load_model
 
 STORY = bundled_path("bundled:story-llama")
+needs_native = pytest.mark.skipif(load_library() is None, reason="the native library was not built")
 
 
 def quantized(folder, *, format_name: str = "gptq"):
@@ -40,7 +42,7 @@ def quantized(folder, *, format_name: str = "gptq"):
 @pytest.mark.parametrize("format_name", ["gptq", "gptq_v2", "compressed-tensors"])
 def test_dense_and_quantized_weights_give_the_same_logits(tmp_path, format_name):
     folder, weights = quantized(tmp_path / "out", format_name=format_name)
-    dense, kept = load_model(folder), load_model(folder, weights="quantized")
+    dense, kept = load_model(folder), load_model(folder, weights="exact")
     name = "self_attn.q_proj"
     assert isinstance(dense.layers[1].linears[name], Linear)
     assert isinstance(kept.layers[1].linears[name], QuantLinear)
@@ -52,6 +54,25 @@ def test_dense_and_quantized_weights_give_the_same_logits(tmp_path, format_name)
     torch.testing.assert_close(kept.logits(tokens_BS), dense.logits(tokens_BS), rtol=1e-4, atol=1e-4)
 
 
+@needs_native
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_activations_in_8_bits_cost_little(tmp_path, bits):
+    source, layouts = CheckpointFolder.open(STORY), story_layouts(bits=bits, symmetric=True)
+    weights = quantize_all(source, layouts, format_name="gptq")
+    folder = write_checkpoint(source, tmp_path / "out", layouts, weights, format_name="gptq").path
+    dense, kept = load_model(folder), load_model(folder, weights="quantized")
+    tokens_BS = random_tokens(2, 40, vocab_size=1024)
+    expected, found = (model.logits(tokens_BS).log_softmax(-1) for model in (dense, kept))
+    divergence = (expected.exp() * (expected - found)).sum(-1)
+    assert float(divergence.mean()) < 2e-3
+    # The same bits for a text alone, and for each of its tokens alone.
+    assert torch.equal(kept.layers[0].linears["mlp.up_proj"](torch.ones(1, 128)), _first_row(kept))
+
+
+def _first_row(decoder):
+    return decoder.layers[0].linears["mlp.up_proj"](torch.cat((torch.ones(1, 128), torch.randn(20, 128))))[:1]
+
+
 def test_a_dense_model_is_the_same_in_both_ways():
     tokens_BS = random_tokens(1, 9, vocab_size=1024)
     assert torch.equal(load_model(STORY).logits(tokens_BS), load_model(STORY, weights="quantized").logits(tokens_BS))
@@ -59,17 +80,16 @@ def test_a_dense_model_is_the_same_in_both_ways():
 
 def test_the_kernel_is_said_once_and_can_be_replaced(tmp_path, caplog):
     folder, _ = quantized(tmp_path / "out")
-    calls = []
+    choice, calls = choose_affine_matmul(torch.device("cpu"), torch.float32), []
 
     def counting(x, weight, *, bias_O=None):
         calls.append(weight.out_features)
-        return affine_matmul(x, weight, bias_O=bias_O)
+        return choice.call(x, weight, bias_O=bias_O)
 
     with caplog.at_level(logging.INFO, logger="optgptq"):
         load_model(folder, weights="quantized")
     assert [record.message for record in caplog.records if "kernel" in record.message] == [
-        "reference kernel for quantized linears: plain torch (dequantize, then matmul) on cpu in float32: "
-        "the only kernel for this device"
+        f"{choice.name} kernel for quantized linears: {choice.reason}"
     ]
     decoder = load_model(folder, weights="quantized", kernel=counting)
     decoder.logits(random_tokens(1, 3, vocab_size=1024))
@@ -141,17 +161,21 @@ def in_planes(folder):
 
 def test_sign_planes_give_the_logits_of_their_dense_weights(tmp_path):
     folder, weights = in_planes(tmp_path / "out")
-    dense, kept = load_model(folder), load_model(folder, weights="quantized")
+    dense, kept, exact = (load_model(folder, weights=way) for way in ("dense", "quantized", "exact"))
     name = "mlp.down_proj"
     expected = weights[f"model.layers.1.{name}"]
     assert torch.equal(dense.layers[1].linears[name].weight_OI, expected.dequantize())
     linear = kept.layers[1].linears[name]
     assert isinstance(linear, QuantLinear)
-    assert isinstance(linear.weight, PackedBinary)
+    assert isinstance(linear.weight, NativeBinary if product_paths() else PackedBinary)
     # A bit for each plane and weight, and coefficients in float16, where codes took a byte for each weight.
     assert linear.weight.nbytes * 8 == expected.codes_OI.numel() * (3 + 16 * (3 + 1) / 64)
     tokens_BS = random_tokens(2, 19, vocab_size=1024)
-    torch.testing.assert_close(kept.logits(tokens_BS), dense.logits(tokens_BS), rtol=1e-3, atol=1e-3)
+    expected_BSV = dense.logits(tokens_BS)
+    torch.testing.assert_close(exact.logits(tokens_BS), expected_BSV, rtol=1e-3, atol=1e-3)
+    # Activations are rounded to 8 bits where the compiled products run.
+    found_BSV = kept.logits(tokens_BS)
+    assert float((found_BSV - expected_BSV).norm() / expected_BSV.norm()) < 3e-2
 
 
 def test_groups_that_end_inside_a_word_are_held_dense(tmp_path, caplog):
@@ -195,27 +219,26 @@ def test_words_of_kernels_are_those_of_packing():
 
 def test_the_kernel_for_sign_planes_is_said_once_and_can_be_replaced(tmp_path, caplog):
     folder, _ = in_planes(tmp_path / "out")
-    calls = []
+    choice, calls = choose_binary_matmul(torch.device("cpu"), torch.float32), []
 
     def counting(x, weight, *, bias_O=None):
-        calls.append(weight.bits)
-        return binary_matmul(x, weight, bias_O=bias_O)
+        calls.append(weight.out_features)
+        return choice.call(x, weight, bias_O=bias_O)
 
     with caplog.at_level(logging.INFO, logger="optgptq"):
         load_model(folder, weights="quantized")
     assert [record.message for record in caplog.records if "kernel" in record.message] == [
-        "torch kernel for quantized linears: plain torch (unpack a few rows, then matmul) on cpu in float32: "
-        "the only kernel for this device"
+        f"{choice.name} kernel for quantized linears: {choice.reason}"
     ]
     load_model(folder, weights="quantized", kernel=counting).logits(random_tokens(1, 3, vocab_size=1024))
-    assert calls == [3] * 42
+    assert len(calls) == 42
 
 
 def test_a_kernel_that_makes_do_is_a_warning(tmp_path, caplog, monkeypatch):
     folder, _ = in_planes(tmp_path / "out")
     kind = HELD_KINDS[BinaryWeight]
     makeshift = replace(kind.choose(torch.device("cpu"), torch.float32), is_makeshift=True)
-    kinds = {BinaryWeight: replace(kind, choose=lambda device, dtype: makeshift)}
+    kinds = {BinaryWeight: replace(kind, choose=lambda device, dtype, exact: makeshift)}
     monkeypatch.setattr(load, "HELD_KINDS", kinds)
     load_model(folder, weights="quantized")
     assert [record.levelname for record in caplog.records if "kernel" in record.message] == ["WARNING"]

@@ -65,7 +65,7 @@ def layout_of(info: LinearInfo) -> LinearLayout:
         out_features=info.out_features,
         in_features=info.in_features,
         bits=4,
-        group_size=-1 if info.in_features % 8 else 8,
+        group_size=-1 if info.in_features % 32 else 32,
         symmetric=False,
         stored_transposed=info.stored_transposed,
         fused_names=info.fused_names,
@@ -101,7 +101,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def engine_of(case: Case, held: HeldWeights, **settings: Any) -> Engine:
     decoder = load_model(case.path, weights=held)
     kinds = {isinstance(linear, QuantLinear) for layer in decoder.layers for linear in layer.linears.values()}
-    assert kinds == {held == "quantized"}
+    assert kinds == {held == "exact"}
     return Engine(decoder, None, EngineSettings(**LIMITS, **settings))
 
 
@@ -111,7 +111,7 @@ def tokens(engine: Engine) -> list[list[int]]:
     return [result.token_ids for result in results]
 
 
-@pytest.mark.parametrize("held", ["quantized", "dense"])
+@pytest.mark.parametrize("held", ["exact", "dense"])
 def test_with_prefix_hits(case: Case, held: HeldWeights) -> None:
     engine = engine_of(case, held)
     assert tokens(engine) == case.expected
@@ -120,7 +120,7 @@ def test_with_prefix_hits(case: Case, held: HeldWeights) -> None:
     assert engine.usage().prefix_hit_tokens > hits
 
 
-@pytest.mark.parametrize("held", ["quantized", "dense"])
+@pytest.mark.parametrize("held", ["exact", "dense"])
 def test_with_preemption(case: Case, held: HeldWeights) -> None:
     page_bytes = plain_page_bytes(case.spec, page_size=LIMITS["page_size"], number_bytes=4)
     groups = layer_groups(case.spec, layer_page_bytes=page_bytes, **LIMITS)

@@ -47,7 +47,7 @@ def folder_of(kind: str, path):
     return path, weights
 
 
-@pytest.mark.parametrize("held", ["dense", "quantized"])
+@pytest.mark.parametrize("held", ["dense", "exact"])
 @pytest.mark.parametrize("kind", ["gptq", "gptq_v2", "compressed-tensors", "optgptq"])
 def test_quantized_checkpoints(kind, held, tmp_path):
     path, decoded = folder_of(kind, tmp_path / "out")

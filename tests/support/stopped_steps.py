@@ -43,6 +43,9 @@ class StoppingSteps:
             raise StoppedError
         self.left -= 1
 
+    def forget(self, name: str) -> None:
+        self.journal.forget(name)
+
     def sync(self) -> None:
         self.journal.sync()
 

@@ -34,12 +34,16 @@ def transposed(form: str = "gptq") -> TargetSubject:
     return subject(form, layouts=layouts, facts={"model_type": "gpt2"})
 
 
-def packed_head(form: str = "gptq") -> TargetSubject:
+def packed_head(
+    form: str = "gptq", *, bits: int = 4, vocabulary: int | None = None, family: str = "llama"
+) -> TargetSubject:
     layouts = tuple(
-        replace(layout, bits=4, group_size=128) if layout.name == "lm_head" else layout
+        replace(layout, bits=bits, group_size=128, out_features=vocabulary or layout.out_features)
+        if layout.name == "lm_head"
+        else layout
         for layout in llama_layouts(Sizes())
     )
-    return subject(form, layouts=layouts)
+    return subject(form, layouts=layouts, facts={"model_type": family})
 
 
 def planes() -> TargetSubject:
@@ -65,7 +69,14 @@ ROWS: list[tuple[str, TargetSubject, bool]] = [
     ("vllm:cuda", changed("v_proj", bits=None), False),
     ("vllm:cuda", changed("up_proj", bits=8), False),
     ("vllm:cuda", transposed(), True),
-    ("vllm:cuda", packed_head(), True),
+    *(("vllm:cuda", packed_head(form, bits=bits), True) for form in ("gptq", CT) for bits in (4, 8)),
+    *((name, packed_head(vocabulary=32_001), False) for name in ("vllm", "sglang")),
+    *((name, packed_head(CT, vocabulary=32_001), True) for name in ("transformers", "optgptq")),
+    ("vllm", packed_head(CT, vocabulary=32_001), True),
+    *((name, packed_head(CT, family="gemma2"), False) for name in ("vllm", "sglang")),
+    ("transformers", packed_head(CT, family="gemma2"), True),
+    *((name, packed_head(bits=8), True) for name in ("gptqmodel", "optgptq")),
+    ("vllm:cpu", packed_head(bits=8), False),
     ("vllm:cuda", some(sizes=ODD, group_size=-1), True),
     ("vllm:rocm", some(), True),
     ("vllm:rocm", some(bits=3), False),

@@ -50,6 +50,14 @@ def test_the_mildest_change(name: str, asked: TargetSubject, devices: int, text:
     assert told(name, asked, devices) == text
 
 
+def test_a_head_that_is_not_taken_stays_dense() -> None:
+    layouts = tuple(
+        replace(layout, bits=8, group_size=128, symmetric=True) if layout.name == "lm_head" else layout
+        for layout in llama_layouts(Sizes())
+    )
+    assert told("vllm:humming", subject(layouts=layouts)) == "--set head.bits=null"
+
+
 def test_misfits_stay_dense_where_they_are_the_smaller_part() -> None:
     layouts = tuple(
         replace(layout, in_features=11003) if layout.name.endswith("down_proj") else layout

@@ -38,7 +38,9 @@ double num_multiplications(const PagedCall& call) {
   return 2.0 * pairs * static_cast<double>(call.num_heads * call.pages.head_dim);
 }
 
-void attend(const PagedCall& call, int path_index, std::int64_t num_threads) {
+}  // namespace
+
+void attend_pages(const PagedCall& call, int path_index, std::int64_t num_threads) {
   const PagedPath path = path_of(path_index, call.pages.page_size);
   const std::int64_t heads = call.pages.num_kv_heads, group_size = call.num_heads / heads;
   const std::int64_t most_tokens = group_size < kRowsPerItem ? kRowsPerItem / group_size : 1;
@@ -62,7 +64,7 @@ void attend(const PagedCall& call, int path_index, std::int64_t num_threads) {
   });
 }
 
-void store(const StoreCall& call, int path_index, std::int64_t num_threads) {
+void store_pages(const StoreCall& call, int path_index, std::int64_t num_threads) {
   const PagedPath path = path_of(path_index, call.pages.page_size);
   const std::int64_t heads = call.pages.num_kv_heads;
   const std::int64_t worth = call.num_tokens * heads * call.pages.head_dim / kNumbersPerThread + 1;
@@ -70,7 +72,6 @@ void store(const StoreCall& call, int path_index, std::int64_t num_threads) {
   share_out(heads, worth < most ? worth : most, [&](std::int64_t, std::int64_t head) { path.store(call, head); });
 }
 
-}  // namespace
 }  // namespace optgptq
 
 #define OPTGPTQ_EXPORT extern "C" __attribute__((visibility("default")))
@@ -78,7 +79,7 @@ void store(const StoreCall& call, int path_index, std::int64_t num_threads) {
 OPTGPTQ_EXPORT int optgptq_paged_attention(const optgptq::PagedCall* call, int path, std::int64_t num_threads) {
   if (!optgptq_supported(path)) return optgptq::kUnsupported;
   try {
-    optgptq::attend(*call, path, num_threads);
+    optgptq::attend_pages(*call, path, num_threads);
   } catch (const std::bad_alloc&) {
     return optgptq::kNoMemory;
   }
@@ -88,7 +89,7 @@ OPTGPTQ_EXPORT int optgptq_paged_attention(const optgptq::PagedCall* call, int p
 OPTGPTQ_EXPORT int optgptq_store_tokens(const optgptq::StoreCall* call, int path, std::int64_t num_threads) {
   if (!optgptq_supported(path)) return optgptq::kUnsupported;
   try {
-    optgptq::store(*call, path, num_threads);
+    optgptq::store_pages(*call, path, num_threads);
   } catch (const std::bad_alloc&) {
     return optgptq::kNoMemory;
   }

@@ -67,6 +67,10 @@ struct PagedPath {
   void (*tangent)(const float* from, float* to, std::int64_t size);
 };
 
+// Shared out among threads; `path` is that of `optgptq_supported`.
+void attend_pages(const PagedCall& call, int path, std::int64_t num_threads);
+void store_pages(const StoreCall& call, int path, std::int64_t num_threads);
+
 namespace portable {
 PagedPath paged_path();
 }

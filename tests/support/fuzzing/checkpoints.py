@@ -85,7 +85,7 @@ def look_at(folder: Path) -> None:
     """Do with a checkpoint what `inspect --json` and `verify --json` do, up to the bytes that they print."""
     from dataclasses import asdict
 
-    from optgptq_cli.output import finite
+    from optgptq.reports.wording import finite
 
     checkpoint = CheckpointFolder.open(folder)
     for report in (inspect_checkpoint(checkpoint), verify_folder(checkpoint)):

@@ -1,0 +1,25 @@
+// Causal attention over whole sequences of bfloat16 numbers.
+#pragma once
+
+#include <cstdint>
+
+namespace optgptq {
+
+// [B, heads, S, D]; the numbers of a head are side by side, all else is any number of numbers apart.
+struct HeadNumbers {
+  const std::uint16_t* numbers;
+  std::int64_t sequence_stride, head_stride, token_stride;
+};
+
+struct CausalCall {
+  HeadNumbers query, key, value;
+  std::uint16_t* output;  // [B, S, heads, D], without gaps
+  std::int64_t num_sequences, num_heads, num_kv_heads, num_tokens, head_dim;
+  double scale;  // above zero
+};
+
+// `head_dim` is a multiple of 16. The same bits for any number of threads and of sequences. Returns false where the
+// processor lacks the instruction.
+bool causal_attention_bfloat16(const CausalCall& call, std::int64_t num_threads);
+
+}  // namespace optgptq
