@@ -119,8 +119,8 @@ def _make(job: Job, output: Path, *, overwrite: bool) -> dict[str, Any]:
         manifest = job.manifest()
         write_manifest(staging.path, manifest)
         require_unchanged(job.source.folder, job.files)
-        _keep_error_maps(job, staging.path)
-        record = job.run_record(manifest)
+        lacks = _keep_error_maps(job, staging.path)
+        record = job.run_record({**manifest, "warnings": [*manifest["warnings"], *lacks]})
         staging.sync()
         keep_published(job.journal, staging.path / MANIFEST_FILE, record)
         staging.publish()
@@ -140,11 +140,14 @@ def _with_gates(record: Mapping[str, Any], gates: GateReport, journal: Journal, 
     }
 
 
-def _keep_error_maps(job: Job, folder: Path) -> None:
-    """Keep maps of the worst linears for the run record; what prevents it is told and stops nothing."""
+def _keep_error_maps(job: Job, folder: Path) -> list[str]:
+    """Keep maps of the worst linears for the run record; what prevents it stops nothing and is told, here and there."""
     try:
         job.journal.put(_ERROR_MAPS, {}, {"error_maps": job.error_maps(folder)})
     except (OptGPTQError, RuntimeError, MemoryError) as error:
         if not isinstance(error, OptGPTQError) and not is_out_of_memory(error):
             raise
-        job.progress(events.WarningRaised(message=f"the run record has no error maps: {error}"))
+        warning = f"the run record has no error maps: {error}"
+        job.progress(events.WarningRaised(message=warning))
+        return [warning]
+    return []

@@ -110,6 +110,8 @@ def test_maps_that_cannot_be_made_stop_nothing(
     result = quantize(model, RECIPE, tmp_path / "out", progress=told.append)
     assert result.record["error_maps"] == []
     assert any(isinstance(event, events.WarningRaised) and "no error maps" in event.message for event in told)
+    assert "no error maps" in result.record["warnings"][-1]
+    assert result.warnings == tuple(result.record["warnings"])
 
 
 def test_a_source_that_was_touched_is_the_same_source(model: Path, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from optgptq.native.dense_products import dense_product, pack_dense, takes_dense
+
 
 class LinearLike(Protocol):
     """`[..., I] -> [..., O]`; the dense `Linear` below and the runtime's quantized one.
@@ -31,4 +33,6 @@ class Linear:
     bias_O: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        if takes_dense(x, self.weight_OI):
+            return dense_product(x, pack_dense(self.weight_OI), self.bias_O)
         return F.linear(x, self.weight_OI, self.bias_O)

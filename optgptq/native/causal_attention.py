@@ -9,7 +9,7 @@ import ctypes
 
 import torch
 
-from optgptq.native.library import check_done, load_library
+from optgptq.native.library import PAIR_WAYS, PairWay, check_done, load_library
 
 # Features of one vector of sums.
 _FEATURES = 16
@@ -60,12 +60,17 @@ def attends_causally(
 
 
 def causal_attention(
-    query_BNSD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor, *, scale: float
+    query_BNSD: torch.Tensor,
+    key_BKSD: torch.Tensor,
+    value_BKSD: torch.Tensor,
+    *,
+    scale: float,
+    way: PairWay = "faster",
 ) -> torch.Tensor:
     """Return attention `[B, N, S, D]` where each position sees itself and those before it.
 
     Scores, softmax and sums are float32; weights are rounded to bfloat16 before they meet the values. In memory heads
-    of a position follow each other. The same bits for any number of threads and of sequences.
+    of a position follow each other. The same bits for any number of threads and of sequences, and in both ways.
     """
     library = load_library()
     assert library is not None
@@ -81,5 +86,6 @@ def causal_attention(
         head_dim,
         scale,
     )
-    check_done(library.shared.optgptq_causal_attention(ctypes.byref(call), torch.get_num_threads()))
+    status = library.shared.optgptq_causal_attention(ctypes.byref(call), PAIR_WAYS[way], torch.get_num_threads())
+    check_done(status)
     return output_BSND.transpose(1, 2)

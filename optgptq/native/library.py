@@ -19,6 +19,9 @@ Backend = Literal["auto", "torch", "portable", "avx2", "avx512"]
 
 # The numbers are those of `source/interface.cpp`; the fastest comes first.
 PATHS = {"avx512": 2, "avx2": 1, "portable": 0}
+# Ways to add products of bfloat16 numbers, of the same bits; the numbers are those of `source/bfloat16_pairs.hpp`.
+PAIR_WAYS = {"faster": 0, "instruction": 1, "widened": 2}
+PairWay = Literal["faster", "instruction", "widened"]
 _FOLDER = Path(__file__).parent
 _NO_MEMORY = 1
 
@@ -66,10 +69,10 @@ def load_library(folder: Path = _FOLDER) -> Library | None:
     shared.optgptq_binary_nearest.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     factors = (pointer, integer, integer) * 2
-    shared.optgptq_add_bfloat16_products.argtypes = [*factors, integer, pointer, integer, integer]
+    shared.optgptq_add_bfloat16_products.argtypes = [*factors, integer, pointer, *(integer,) * 3]
     shared.optgptq_rms_norm_bfloat16.argtypes = [*(pointer,) * 3, *(integer,) * 2, ctypes.c_double, integer]
     shared.optgptq_paged_attention.argtypes = [pointer, ctypes.c_int, integer]
-    shared.optgptq_causal_attention.argtypes = [pointer, integer]
+    shared.optgptq_causal_attention.argtypes = [pointer, integer, integer]
     shared.optgptq_rotate_bfloat16.argtypes = [pointer, integer]
     shared.optgptq_store_tokens.argtypes = [pointer, ctypes.c_int, integer]
     shared.optgptq_sum_and_norm.argtypes = [pointer, ctypes.c_int, integer]
@@ -82,6 +85,10 @@ def load_library(folder: Path = _FOLDER) -> Library | None:
     shared.optgptq_product_supported.argtypes = [ctypes.c_int]
     shared.optgptq_affine_product.argtypes = [pointer, ctypes.c_int, integer]
     shared.optgptq_binary_product.argtypes = [pointer, ctypes.c_int, integer]
+    shared.optgptq_dense_tile_numbers.argtypes = [integer, integer]
+    shared.optgptq_dense_tile_numbers.restype = integer
+    shared.optgptq_pack_dense.argtypes = [pointer, pointer, integer]
+    shared.optgptq_multiply_dense.argtypes = [pointer, integer, integer]
     shared.optgptq_attention_function.argtypes = [pointer, pointer, integer, ctypes.c_int, ctypes.c_int]
     shared.optgptq_use_team.argtypes = [pointer]
     shared.optgptq_try_threads.argtypes = [pointer, *(integer,) * 3]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from optgptq.native.library import check_done, load_library
+from optgptq.native.library import PAIR_WAYS, PairWay, check_done, load_library
 
 
 def multiplies_bfloat16(values: torch.Tensor) -> bool:
@@ -36,24 +36,26 @@ def adds_products(left_TX: torch.Tensor, right_TI: torch.Tensor, sum_XI: torch.T
     return library is not None and library.bfloat16_products
 
 
-def add_moment(inputs_TI: torch.Tensor, sum_II: torch.Tensor) -> None:
+def add_moment(inputs_TI: torch.Tensor, sum_II: torch.Tensor, *, way: PairWay = "faster") -> None:
     """Add `X^T X` to `sum_II` in place, on and above the diagonal; below it whatever comes out may stand.
 
     Numbers as those of `add_products`.
     """
-    _add(inputs_TI, None, sum_II)
+    _add(inputs_TI, None, sum_II, way)
 
 
-def add_products(left_TX: torch.Tensor, right_TI: torch.Tensor, sum_XI: torch.Tensor) -> None:
+def add_products(
+    left_TX: torch.Tensor, right_TI: torch.Tensor, sum_XI: torch.Tensor, *, way: PairWay = "faster"
+) -> None:
     """Add `left^T right` to `sum_XI` in place.
 
     Products of bfloat16 numbers are exact in float32 and sums are float32, 128 tokens before they are added to
-    what is there. Numbers below 2^-126 count as zero.
+    what is there. Numbers below 2^-126 may count as zero. Both ways give the same bits.
     """
-    _add(left_TX, right_TI, sum_XI)
+    _add(left_TX, right_TI, sum_XI, way)
 
 
-def _add(left_TX: torch.Tensor, right_TI: torch.Tensor | None, sum_XI: torch.Tensor) -> None:
+def _add(left_TX: torch.Tensor, right_TI: torch.Tensor | None, sum_XI: torch.Tensor, way: PairWay) -> None:
     """Add to the sum; without a right factor the left one is both."""
     library = load_library()
     assert library is not None
@@ -68,7 +70,7 @@ def _add(left_TX: torch.Tensor, right_TI: torch.Tensor | None, sum_XI: torch.Ten
     assert sum_XI.shape == (left_TX.shape[1], (left_TX if right_TI is None else right_TI).shape[1])
     assert sum_XI.stride(1) == 1
     status = library.shared.optgptq_add_bfloat16_products(
-        *factors, len(left_TX), sum_XI.data_ptr(), sum_XI.stride(0), torch.get_num_threads()
+        *factors, len(left_TX), sum_XI.data_ptr(), sum_XI.stride(0), PAIR_WAYS[way], torch.get_num_threads()
     )
     check_done(status)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from optgptq.kernels.packed_dense import PackedDense
+from optgptq.kernels.packed_dense import PackedDense, TiledDense
 from optgptq.kv_cache.transform import HeadTransform
 from optgptq.models.attention import Attend, AttentionContext, context_at
 from optgptq.models.decoder import Decoder
@@ -110,6 +110,8 @@ def _shape(linear: LinearLike) -> tuple[object, ...]:
         return (Linear, linear.weight_OI.shape, linear.weight_OI.stride())
     if isinstance(linear, PackedDense):
         return (PackedDense, linear.weight.shape)
+    if isinstance(linear, TiledDense):
+        return (TiledDense, linear.weight.num_rows, linear.weight.num_columns)
     if isinstance(linear, QuantLinear):
         weight = linear.weight
         return (type(weight), weight.bits, weight.out_features, weight.in_features, weight.group_size)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from optgptq.bundled import bundled_path
-from optgptq.kernels.packed_dense import PackedDense, pack_dense, packs
+from optgptq.kernels import packed_dense
+from optgptq.kernels.packed_dense import PackedDense, TiledDense, pack_dense, packs
 from optgptq.models.linear import Linear
+from optgptq.native.dense_products import has_dense_products
 from optgptq.runtime import packed_linears
 from optgptq.runtime.load import load_model
 from optgptq.runtime.packed_linears import pack_linears
@@ -51,7 +53,7 @@ def test_large_linears_are_packed_and_small_ones_are_not(monkeypatch):
     expected = decoder.logits(tokens_BS)
     pack_linears(decoder)
     assert all(isinstance(linear, Linear) for layer in decoder.layers for linear in layer.linears.values())
-    monkeypatch.setattr(packed_linears, "_SMALLEST_WEIGHT", 128 * 384)
+    monkeypatch.setattr(packed_dense, "_SMALLEST_WEIGHT", 128 * 384)
     pack_linears(decoder)
     kinds = {name: type(linear) for name, linear in decoder.layers[0].linears.items()}
     assert kinds["mlp.down_proj"] is PackedDense
@@ -60,10 +62,21 @@ def test_large_linears_are_packed_and_small_ones_are_not(monkeypatch):
     torch.testing.assert_close(decoder.logits(tokens_BS), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not has_dense_products(), reason="no compiled loops, or a processor without AVX512_BF16")
+def test_bfloat16_goes_to_our_own_loops_whatever_its_size():
+    decoder = load_model(bundled_path("bundled:story-llama"), dtype=torch.bfloat16)
+    tokens_BS = torch.arange(2, 20).unsqueeze(0)
+    expected = decoder.logits(tokens_BS)
+    pack_linears(decoder)
+    assert all(isinstance(linear, TiledDense) for layer in decoder.layers for linear in layer.linears.values())
+    assert isinstance(decoder.head.project, TiledDense)
+    torch.testing.assert_close(decoder.logits(tokens_BS), expected, rtol=0.02, atol=0.1)
+
+
 @needs_packing
 def test_a_large_head_that_shares_its_weight_stays(monkeypatch):
     decoder = load_model(bundled_path("bundled:story-llama"))
-    monkeypatch.setattr(packed_linears, "_SMALLEST_WEIGHT", 1)
+    monkeypatch.setattr(packed_dense, "_SMALLEST_WEIGHT", 1)
     monkeypatch.setattr(packed_linears, "_LARGEST_COPY_BYTES", 1)
     pack_linears(decoder)
     assert isinstance(decoder.head.project, Linear)

@@ -1,19 +1,14 @@
-// Causal attention by the instruction that multiplies pairs of bfloat16 numbers and adds in float32 (AVX512_BF16).
+// Causal attention of bfloat16 numbers with sums in float32 (AVX512_BF16).
 //
 // Some queries of a head are worked on together: all scores of theirs, then their softmax, then the weighted values.
 // Scores and sums are float32; weights, at most 1, are rounded to bfloat16 before they meet the values, as torch does.
 // Keys are packed by vectors of 16 with pairs of features side by side, values by pairs of keys.
 #include "causal_attention.hpp"
 
-#include "moment.hpp"
 #include "threads.hpp"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include <cstring>
-
-#define OPTGPTQ_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
 namespace optgptq {
 namespace {
@@ -30,6 +25,7 @@ struct Packed {
   std::uint32_t* keys;    // [B, K, vectors of keys, D / 2, 16]: pairs of features
   std::uint32_t* values;  // [B, K, pairs of keys, D]: pairs of keys
   std::int64_t num_keys;  // a multiple of kKeys; those beyond the last are zeros
+  bool widened;           // numbers that meet these are float32: queries and weights
 };
 
 inline const std::uint16_t* place(const HeadNumbers& of, std::int64_t sequence, std::int64_t head) {
@@ -66,13 +62,46 @@ void pack(const CausalCall& call, const Packed& packed, std::int64_t index) {
   }
 }
 
-OPTGPTQ_TARGET inline __m512 add_pairs(__m512 sum, __m512i vector, std::uint32_t pair) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)vector, (__m512bh)_mm512_set1_epi32(static_cast<int>(pair)));
+inline float widened(std::uint16_t number) {
+  const std::uint32_t bits = std::uint32_t{number} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+OPTGPTQ_PAIRS_TARGET inline __m512 add_pairs(__m512 sum, __m512i vector, const std::uint16_t* pair) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)vector, (__m512bh)_mm512_set1_epi32(static_cast<int>(pair_at(pair))));
+}
+
+// Add products of two numbers of each of `R` rows with `V` vectors of pairs to sums `[R, V]`.
+template <int R, int V>
+OPTGPTQ_PAIRS_TARGET inline void add_rows(
+    __m512 (&sum)[R][V], const __m512i (&vectors)[V], const std::uint16_t* const* rows, std::int64_t place) {
+  for (int row = 0; row < R; ++row) {
+    for (int v = 0; v < V; ++v) sum[row][v] = add_pairs(sum[row][v], vectors[v], rows[row] + place);
+  }
+}
+
+template <int R, int V>
+OPTGPTQ_PAIRS_TARGET inline void add_rows(
+    __m512 (&sum)[R][V], const __m512i (&vectors)[V], const float* const* rows, std::int64_t place) {
+  __m512 wide[V];
+  for (int v = 0; v < V; ++v) wide[v] = second_of(vectors[v]);
+  for (int row = 0; row < R; ++row) {
+    const __m512 number = _mm512_set1_ps(rows[row][place + 1]);
+    for (int v = 0; v < V; ++v) sum[row][v] = _mm512_fmadd_ps(wide[v], number, sum[row][v]);
+  }
+  for (int v = 0; v < V; ++v) wide[v] = first_of(vectors[v]);
+  for (int row = 0; row < R; ++row) {
+    const __m512 number = _mm512_set1_ps(rows[row][place]);
+    for (int v = 0; v < V; ++v) sum[row][v] = _mm512_fmadd_ps(wide[v], number, sum[row][v]);
+  }
 }
 
 // Scores `[kRows, num_keys]`, before the scale.
-OPTGPTQ_TARGET void score(
-    const std::uint16_t* const* query, const std::uint32_t* keys, std::int64_t pairs, std::int64_t num_keys,
+template <class Number>
+OPTGPTQ_PAIRS_TARGET void score(
+    const Number* const* query, const std::uint32_t* keys, std::int64_t pairs, std::int64_t num_keys,
     float* scores, std::int64_t stride) {
   for (std::int64_t first = 0; first < num_keys; first += kKeys) {
     const std::uint32_t* left = keys + first * pairs;
@@ -80,12 +109,8 @@ OPTGPTQ_TARGET void score(
     __m512 sum[kRows][2];
     for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
     for (std::int64_t pair = 0; pair < pairs; ++pair) {
-      const __m512i one = _mm512_loadu_si512(left + 16 * pair), two = _mm512_loadu_si512(right + 16 * pair);
-      for (int row = 0; row < kRows; ++row) {
-        const std::uint32_t number = pair_at(query[row] + 2 * pair);
-        sum[row][0] = add_pairs(sum[row][0], one, number);
-        sum[row][1] = add_pairs(sum[row][1], two, number);
-      }
+      const __m512i both[2] = {_mm512_loadu_si512(left + 16 * pair), _mm512_loadu_si512(right + 16 * pair)};
+      add_rows(sum, both, query, 2 * pair);
     }
     for (int row = 0; row < kRows; ++row) {
       _mm512_storeu_ps(scores + row * stride + first, sum[row][0]);
@@ -95,7 +120,7 @@ OPTGPTQ_TARGET void score(
 }
 
 // 2^x for x <= 0 within 2e-7 of itself; what is not a number stays none.
-OPTGPTQ_TARGET inline __m512 power_of_two(__m512 x) {
+OPTGPTQ_PAIRS_TARGET inline __m512 power_of_two(__m512 x) {
   // In this order the result is `x` where it is not a number.
   x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -111,9 +136,20 @@ OPTGPTQ_TARGET inline __m512 power_of_two(__m512 x) {
   return _mm512_scalef_ps(power, whole);
 }
 
-// Weights of the first `num_seen` keys in bfloat16, zeros up to `num_keys`; returns their sum before the rounding.
-OPTGPTQ_TARGET float weigh(
-    const float* scores, float factor, std::int64_t num_seen, std::int64_t num_keys, std::uint16_t* weights) {
+OPTGPTQ_PAIRS_TARGET inline void store_rounded(std::uint16_t* to, __m512 numbers) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(numbers);
+  std::memcpy(to, &rounded, sizeof rounded);
+}
+
+OPTGPTQ_PAIRS_TARGET inline void store_rounded(float* to, __m512 numbers) {
+  _mm512_storeu_ps(to, first_of(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(numbers))));
+}
+
+// Weights of the first `num_seen` keys rounded to bfloat16, zeros up to `num_keys`; returns their sum before that.
+// `weights` may be `scores`.
+template <class Number>
+OPTGPTQ_PAIRS_TARGET float weigh(
+    const float* scores, float factor, std::int64_t num_seen, std::int64_t num_keys, Number* weights) {
   const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
   const std::int64_t whole = num_seen / 16 * 16;
   const auto rest = static_cast<__mmask16>((1u << (num_seen - whole)) - 1);
@@ -129,8 +165,7 @@ OPTGPTQ_TARGET float weigh(
       if (key == whole) weight = _mm512_maskz_mov_ps(rest, weight);
       total = _mm512_add_ps(total, weight);
     }
-    const __m256bh rounded = _mm512_cvtneps_pbh(weight);
-    std::memcpy(weights + key, &rounded, sizeof rounded);
+    store_rounded(weights + key, weight);
   }
   float lanes[16], sum = 0.0f;
   _mm512_storeu_ps(lanes, total);
@@ -139,11 +174,10 @@ OPTGPTQ_TARGET float weigh(
 }
 
 // Features `feature .. feature + 16 * F - 1` of the output of `num_rows` queries.
-template <int F>
-OPTGPTQ_TARGET inline void add_values(
-    const std::uint16_t* weights, std::int64_t stride, const std::uint32_t* values, std::int64_t head_dim,
-    std::int64_t num_keys, const float* totals, std::uint16_t* const* output, std::int64_t feature,
-    std::int64_t num_rows) {
+template <int F, class Number>
+OPTGPTQ_PAIRS_TARGET inline void add_values(
+    const Number* const* weights, const std::uint32_t* values, std::int64_t head_dim, std::int64_t num_keys,
+    const float* totals, std::uint16_t* const* output, std::int64_t feature, std::int64_t num_rows) {
   __m512 sum[kRows][F];
   for (int row = 0; row < kRows; ++row) {
     for (int f = 0; f < F; ++f) sum[row][f] = _mm512_setzero_ps();
@@ -152,53 +186,79 @@ OPTGPTQ_TARGET inline void add_values(
     const std::uint32_t* from = values + key / 2 * head_dim + feature;
     __m512i value[F];
     for (int f = 0; f < F; ++f) value[f] = _mm512_loadu_si512(from + 16 * f);
-    for (int row = 0; row < kRows; ++row) {
-      const std::uint32_t pair = pair_at(weights + row * stride + key);
-      for (int f = 0; f < F; ++f) sum[row][f] = add_pairs(sum[row][f], value[f], pair);
-    }
+    add_rows(sum, value, weights, key);
   }
   for (std::int64_t row = 0; row < num_rows; ++row) {
     for (int f = 0; f < F; ++f) {
-      const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_div_ps(sum[row][f], _mm512_set1_ps(totals[row])));
-      std::memcpy(output[row] + feature + 16 * f, &rounded, sizeof rounded);
+      store_rounded(output[row] + feature + 16 * f, _mm512_div_ps(sum[row][f], _mm512_set1_ps(totals[row])));
     }
   }
 }
 
-// Queries `first .. first + kRows - 1` of one head, as far as there are so many.
-void attend(
-    const CausalCall& call, const Packed& packed, std::int64_t sequence, std::int64_t head, std::int64_t first,
-    float* scores) {
-  const std::int64_t rest = call.num_tokens - first, num_rows = rest < kRows ? rest : kRows, dim = call.head_dim;
-  const std::int64_t num_keys = (first + num_rows + kKeys - 1) / kKeys * kKeys, stride = packed.num_keys;
-  const std::int64_t kv_head = head / (call.num_heads / call.num_kv_heads);
-  const std::int64_t offset = (sequence * call.num_kv_heads + kv_head) * packed.num_keys * (dim / 2);
-  auto* weights = reinterpret_cast<std::uint16_t*>(scores + kRows * stride);
-  const std::uint16_t* query[kRows];
+// Some queries of one head: what they are, where their outputs go, and how many keys each sees.
+struct Queries {
+  const std::uint16_t* numbers[kRows];
   std::uint16_t* output[kRows];
+  std::int64_t num_seen[kRows];
+  std::int64_t num_rows;  // those beyond are the last once more
+};
+
+// Scratch of a worker: scores `[kRows, num_keys]`, and behind them weights or widened queries.
+template <class Number>
+void attend(
+    const CausalCall& call, const Packed& packed, const Queries& queries, const Number* const* query,
+    Number* const* weights, std::int64_t offset, float* scores) {
+  const std::int64_t dim = call.head_dim, stride = packed.num_keys;
+  const std::int64_t num_keys = (queries.num_seen[kRows - 1] + kKeys - 1) / kKeys * kKeys;
   float totals[kRows];
-  for (std::int64_t row = 0; row < kRows; ++row) {
-    const std::int64_t token = first + (row < num_rows ? row : num_rows - 1);
-    query[row] = place(call.query, sequence, head) + token * call.query.token_stride;
-    output[row] = call.output + ((sequence * call.num_tokens + token) * call.num_heads + head) * dim;
-  }
   score(query, packed.keys + offset, dim / 2, num_keys, scores, stride);
   const auto factor = static_cast<float>(call.scale * 1.4426950408889634);
   for (std::int64_t row = 0; row < kRows; ++row) {
-    const std::int64_t num_seen = first + (row < num_rows ? row : num_rows - 1) + 1;
-    totals[row] = weigh(scores + row * stride, factor, num_seen, num_keys, weights + row * stride);
+    totals[row] = weigh(scores + row * stride, factor, queries.num_seen[row], num_keys, weights[row]);
   }
   std::int64_t feature = 0;
   const std::uint32_t* values = packed.values + offset;
   for (; feature + 32 <= dim; feature += 32) {
-    add_values<2>(weights, stride, values, dim, num_keys, totals, output, feature, num_rows);
+    add_values<2>(weights, values, dim, num_keys, totals, queries.output, feature, queries.num_rows);
   }
-  if (feature < dim) add_values<1>(weights, stride, values, dim, num_keys, totals, output, feature, num_rows);
+  if (feature < dim) add_values<1>(weights, values, dim, num_keys, totals, queries.output, feature, queries.num_rows);
+}
+
+// Queries `first .. first + kRows - 1` of one head, as far as there are so many.
+void attend_from(
+    const CausalCall& call, const Packed& packed, std::int64_t sequence, std::int64_t head, std::int64_t first,
+    float* scores) {
+  const std::int64_t rest = call.num_tokens - first, dim = call.head_dim, stride = packed.num_keys;
+  const std::int64_t kv_head = head / (call.num_heads / call.num_kv_heads);
+  const std::int64_t offset = (sequence * call.num_kv_heads + kv_head) * stride * (dim / 2);
+  Queries queries;
+  queries.num_rows = rest < kRows ? rest : kRows;
+  for (std::int64_t row = 0; row < kRows; ++row) {
+    const std::int64_t token = first + (row < queries.num_rows ? row : queries.num_rows - 1);
+    queries.numbers[row] = place(call.query, sequence, head) + token * call.query.token_stride;
+    queries.output[row] = call.output + ((sequence * call.num_tokens + token) * call.num_heads + head) * dim;
+    queries.num_seen[row] = token + 1;
+  }
+  float* behind = scores + kRows * stride;
+  if (packed.widened) {
+    const float* query[kRows];
+    float* weights[kRows];
+    for (std::int64_t row = 0; row < kRows; ++row) {
+      float* numbers = behind + row * dim;
+      for (std::int64_t feature = 0; feature < dim; ++feature) numbers[feature] = widened(queries.numbers[row][feature]);
+      query[row] = numbers;
+      weights[row] = scores + row * stride;
+    }
+    return attend(call, packed, queries, query, weights, offset, scores);
+  }
+  std::uint16_t* weights[kRows];
+  for (std::int64_t row = 0; row < kRows; ++row) weights[row] = reinterpret_cast<std::uint16_t*>(behind) + row * stride;
+  attend(call, packed, queries, queries.numbers, weights, offset, scores);
 }
 
 }  // namespace
 
-bool causal_attention_bfloat16(const CausalCall& call, std::int64_t num_threads) {
+bool causal_attention_bfloat16(const CausalCall& call, PairWay way, std::int64_t num_threads) {
   if (!has_bfloat16_products()) return false;
   const double tokens = static_cast<double>(call.num_tokens);
   const double heads = static_cast<double>(call.num_sequences * call.num_heads);
@@ -210,10 +270,10 @@ bool causal_attention_bfloat16(const CausalCall& call, std::int64_t num_threads)
   const std::int64_t size = num_packed * num_keys * (call.head_dim / 2);
   const auto memory = aligned_memory(static_cast<std::size_t>(2 * size) * sizeof(std::uint32_t));
   auto* numbers = static_cast<std::uint32_t*>(memory.get());
-  const Packed packed{numbers, numbers + size, num_keys};
+  const Packed packed{numbers, numbers + size, num_keys, widens(way)};
   share_out(num_packed, workers, [&](std::int64_t, std::int64_t index) { pack(call, packed, index); });
-  // Float scores and, behind them, weights of half their size.
-  const std::int64_t own = kRows * num_keys * 3 / 2;
+  // Scores and, behind them, weights of half their size or widened queries.
+  const std::int64_t own = kRows * (num_keys + (packed.widened ? call.head_dim : num_keys / 2));
   const auto scratch = aligned_memory(static_cast<std::size_t>(workers * own) * sizeof(float));
   const std::int64_t parts = (call.num_tokens + kRowsPerItem - 1) / kRowsPerItem;
   const std::int64_t num_heads = call.num_sequences * call.num_heads;
@@ -223,7 +283,7 @@ bool causal_attention_bfloat16(const CausalCall& call, std::int64_t num_threads)
     const std::int64_t head = index % num_heads, begin = (parts - 1 - index / num_heads) * kRowsPerItem;
     const std::int64_t rest = call.num_tokens - begin, end = begin + (rest < kRowsPerItem ? rest : kRowsPerItem);
     for (std::int64_t first = begin; first < end; first += kRows) {
-      attend(call, packed, head / call.num_heads, head % call.num_heads, first, scores);
+      attend_from(call, packed, head / call.num_heads, head % call.num_heads, first, scores);
     }
   });
   return true;
@@ -235,17 +295,17 @@ bool causal_attention_bfloat16(const CausalCall& call, std::int64_t num_threads)
 
 namespace optgptq {
 
-bool causal_attention_bfloat16(const CausalCall&, std::int64_t) { return false; }
+bool causal_attention_bfloat16(const CausalCall&, PairWay, std::int64_t) { return false; }
 
 }  // namespace optgptq
 
 #endif
 
 extern "C" __attribute__((visibility("default"))) int optgptq_causal_attention(
-    const optgptq::CausalCall* call, std::int64_t num_threads) {
+    const optgptq::CausalCall* call, optgptq::PairWay way, std::int64_t num_threads) {
   constexpr int done = 0, no_memory = 1, unsupported = 2;
   try {
-    return optgptq::causal_attention_bfloat16(*call, num_threads) ? done : unsupported;
+    return optgptq::causal_attention_bfloat16(*call, way, num_threads) ? done : unsupported;
   } catch (const std::bad_alloc&) {
     return no_memory;
   }

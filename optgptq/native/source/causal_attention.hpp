@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "bfloat16_pairs.hpp"
+
 namespace optgptq {
 
 // [B, heads, S, D]; the numbers of a head are side by side, all else is any number of numbers apart.
@@ -20,6 +22,6 @@ struct CausalCall {
 
 // `head_dim` is a multiple of 16. The same bits for any number of threads and of sequences. Returns false where the
 // processor lacks the instruction.
-bool causal_attention_bfloat16(const CausalCall& call, std::int64_t num_threads);
+bool causal_attention_bfloat16(const CausalCall& call, PairWay way, std::int64_t num_threads);
 
 }  // namespace optgptq

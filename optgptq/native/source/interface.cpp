@@ -175,10 +175,11 @@ OPTGPTQ_EXPORT int optgptq_refine_rows(
 OPTGPTQ_EXPORT int optgptq_add_bfloat16_products(
     const std::uint16_t* left, std::int64_t left_stride, std::int64_t num_left, const std::uint16_t* right,
     std::int64_t right_stride, std::int64_t num_right, std::int64_t num_tokens, float* sum, std::int64_t sum_stride,
-    std::int64_t num_threads) {
+    optgptq::PairWay way, std::int64_t num_threads) {
   try {
     const bool done = optgptq::add_bfloat16_products(
-        {left, left_stride, num_left}, {right, right_stride, num_right}, num_tokens, sum, sum_stride, num_threads);
+        {left, left_stride, num_left}, {right, right_stride, num_right}, num_tokens, sum, sum_stride,
+        way, num_threads);
     return done ? optgptq::kDone : optgptq::kUnsupported;
   } catch (const std::bad_alloc&) {
     return optgptq::kNoMemory;

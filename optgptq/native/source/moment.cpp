@@ -1,15 +1,12 @@
-// X^T X and X^T Y of bfloat16 numbers by the instruction that multiplies pairs and adds in float32 (AVX512_BF16).
+// X^T X and X^T Y of bfloat16 numbers with sums in float32 (AVX512_BF16).
 //
-// Tokens are packed by pairs: number `j` of a packed row holds column `j` of two tokens. Packed panels of `X` serve as
-// both factors of X^T X. A product of two bfloat16 numbers is exact in float32, so only sums are rounded, as elsewhere.
+// Tokens are packed by pairs: number `j` of a packed row holds column `j` of two tokens; or widened, row by row, the
+// second token of a pair first. Packed panels of `X` serve as both factors of X^T X. A product of two bfloat16 numbers is exact in float32, so only sums are rounded, as elsewhere.
 #include "moment.hpp"
 
 #include "threads.hpp"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#define OPTGPTQ_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
 namespace optgptq {
 namespace {
@@ -30,21 +27,25 @@ constexpr double kWorkPerThread = 1e8;
 struct Factor {
   const std::uint16_t* numbers;  // [T, columns]
   std::int64_t stride, num_columns;
-  std::uint32_t* packed;  // [panels, pairs, kPanel]
+  std::uint32_t* packed;  // [panels, pairs, kPanel], or float [panels, pairs, 2, kPanel]
 };
 
 struct Job {
   Factor left, right;
   std::int64_t num_tokens, num_pairs;
+  bool widened;
   bool symmetric;  // both factors are one: only blocks on and above the diagonal are wanted
   float* sum;
   std::int64_t sum_stride;
+
+  // Packed rows of a pair of tokens.
+  std::int64_t rows_of_pair() const { return widened ? 2 : 1; }
 };
 
 std::int64_t num_panels(std::int64_t num_columns) { return (num_columns + kPanel - 1) / kPanel; }
 
-OPTGPTQ_TARGET void pack_panel(const Job& job, const Factor& factor, std::int64_t panel) {
-  std::uint32_t* to = factor.packed + panel * job.num_pairs * kPanel;
+OPTGPTQ_PAIRS_TARGET void pack_panel(const Job& job, const Factor& factor, std::int64_t panel) {
+  std::uint32_t* to = factor.packed + panel * job.num_pairs * job.rows_of_pair() * kPanel;
   for (std::int64_t pair = 0; pair < job.num_pairs; ++pair) {
     const std::uint16_t* first = factor.numbers + 2 * pair * factor.stride;
     const bool both = 2 * pair + 1 < job.num_tokens;
@@ -59,28 +60,40 @@ OPTGPTQ_TARGET void pack_panel(const Job& job, const Factor& factor, std::int64_
           pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
         }
       }
-      _mm512_store_si512(to + pair * kPanel + 16 * vector, pairs);
+      if (job.widened) {
+        _mm512_store_ps(to + 2 * pair * kPanel + 16 * vector, second_of(pairs));
+        _mm512_store_ps(to + (2 * pair + 1) * kPanel + 16 * vector, first_of(pairs));
+      } else {
+        _mm512_store_si512(to + pair * kPanel + 16 * vector, pairs);
+      }
     }
   }
 }
 
-// Add `num_pairs` pairs of tokens to one tile of the sum; `rows` and `columns` point into packed panels.
-OPTGPTQ_TARGET void add_tile(
-    const std::uint32_t* rows, const std::uint32_t* columns, std::int64_t num_pairs, float* sum,
+template <bool kWidened>
+OPTGPTQ_PAIRS_TARGET inline __m512 add_products(__m512 sum, __m512i left, __m512i right) {
+  if constexpr (kWidened) return _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum);
+  return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
+}
+
+// Add packed rows of tokens to one tile of the sum; `rows` and `columns` point into packed panels.
+template <bool kWidened>
+OPTGPTQ_PAIRS_TARGET void add_tile(
+    const std::uint32_t* rows, const std::uint32_t* columns, std::int64_t num_packed, float* sum,
     std::int64_t sum_stride, std::int64_t num_rows, std::int64_t num_columns) {
   __m512 total[kRows][kVectors];
   for (int row = 0; row < kRows; ++row) {
     for (int vector = 0; vector < kVectors; ++vector) total[row][vector] = _mm512_setzero_ps();
   }
-  for (std::int64_t pair = 0; pair < num_pairs; ++pair) {
-    __m512bh right[kVectors];
+  for (std::int64_t token = 0; token < num_packed; ++token) {
+    __m512i right[kVectors];
     for (int vector = 0; vector < kVectors; ++vector) {
-      right[vector] = (__m512bh)_mm512_load_si512(columns + pair * kPanel + 16 * vector);
+      right[vector] = _mm512_load_si512(columns + token * kPanel + 16 * vector);
     }
     for (int row = 0; row < kRows; ++row) {
-      const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(rows[pair * kPanel + row]));
+      const __m512i left = _mm512_set1_epi32(static_cast<int>(rows[token * kPanel + row]));
       for (int vector = 0; vector < kVectors; ++vector) {
-        total[row][vector] = _mm512_dpbf16_ps(total[row][vector], left, right[vector]);
+        total[row][vector] = add_products<kWidened>(total[row][vector], left, right[vector]);
       }
     }
   }
@@ -101,11 +114,13 @@ void add_block(const Job& job, std::int64_t row_panel, std::int64_t column_panel
   float* sum = job.sum + row_panel * kPanel * job.sum_stride + column_panel * kPanel;
   for (std::int64_t begin = 0; begin < job.num_pairs; begin += kPairs) {
     const std::int64_t rest = job.num_pairs - begin, pairs = rest < kPairs ? rest : kPairs;
-    const std::uint32_t* rows = job.left.packed + (row_panel * job.num_pairs + begin) * kPanel;
-    const std::uint32_t* columns = job.right.packed + (column_panel * job.num_pairs + begin) * kPanel;
+    const std::int64_t each = job.rows_of_pair();
+    const std::uint32_t* rows = job.left.packed + (row_panel * job.num_pairs + begin) * each * kPanel;
+    const std::uint32_t* columns = job.right.packed + (column_panel * job.num_pairs + begin) * each * kPanel;
+    const auto add = job.widened ? add_tile<true> : add_tile<false>;
     for (std::int64_t row = 0; row < kPanel && row < num_rows; row += kRows) {
-      add_tile(
-          rows + row, columns, pairs, sum + row * job.sum_stride, job.sum_stride, num_rows - row, num_columns);
+      add(rows + row, columns, pairs * each, sum + row * job.sum_stride, job.sum_stride, num_rows - row,
+          num_columns);
     }
   }
 }
@@ -126,14 +141,9 @@ void add_tokens(const Job& job, std::int64_t num_threads) {
 
 }  // namespace
 
-bool has_bfloat16_products() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
-}
-
 bool add_bfloat16_products(
     const Bfloat16Matrix& left, const Bfloat16Matrix& right, std::int64_t num_tokens, float* sum,
-    std::int64_t sum_stride, std::int64_t num_threads) {
+    std::int64_t sum_stride, PairWay way, std::int64_t num_threads) {
   if (!has_bfloat16_products()) return false;
   const bool symmetric = right.numbers == nullptr;
   const std::int64_t num_right = symmetric ? left.num_columns : right.num_columns;
@@ -141,8 +151,10 @@ bool add_bfloat16_products(
                           static_cast<double>(left.num_columns) * static_cast<double>(num_right);
   const auto worth = static_cast<std::int64_t>(products / kWorkPerThread) + 1;
   const std::int64_t most_pairs = (num_tokens < kTokens ? num_tokens + 1 : kTokens) / 2;
-  const std::int64_t left_size = num_panels(left.num_columns) * most_pairs * kPanel;
-  const std::int64_t right_size = symmetric ? 0 : num_panels(num_right) * most_pairs * kPanel;
+  const bool widened = widens(way);
+  const std::int64_t most_rows = widened ? 2 * most_pairs : most_pairs;
+  const std::int64_t left_size = num_panels(left.num_columns) * most_rows * kPanel;
+  const std::int64_t right_size = symmetric ? 0 : num_panels(num_right) * most_rows * kPanel;
   const auto packed = aligned_memory(static_cast<std::size_t>(left_size + right_size) * sizeof(std::uint32_t));
   auto* packed_left = static_cast<std::uint32_t*>(packed.get());
   for (std::int64_t begin = 0; begin < num_tokens; begin += kTokens) {
@@ -152,7 +164,7 @@ bool add_bfloat16_products(
                                     : Factor{right.numbers + begin * right.stride, right.stride, num_right,
                                              packed_left + left_size};
     add_tokens(
-        {first, second, tokens, (tokens + 1) / 2, symmetric, sum, sum_stride},
+        {first, second, tokens, (tokens + 1) / 2, widened, symmetric, sum, sum_stride},
         worth < num_threads ? worth : num_threads);
   }
   return true;
@@ -164,10 +176,8 @@ bool add_bfloat16_products(
 
 namespace optgptq {
 
-bool has_bfloat16_products() { return false; }
-
 bool add_bfloat16_products(
-    const Bfloat16Matrix&, const Bfloat16Matrix&, std::int64_t, float*, std::int64_t, std::int64_t) {
+    const Bfloat16Matrix&, const Bfloat16Matrix&, std::int64_t, float*, std::int64_t, PairWay, std::int64_t) {
   return false;
 }
 

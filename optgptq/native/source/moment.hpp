@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "bfloat16_pairs.hpp"
+
 namespace optgptq {
 
 // [T, columns]; rows are `stride` numbers apart.
@@ -15,8 +17,6 @@ struct Bfloat16Matrix {
 // receive it, and those below stay as they are. Returns false where the processor lacks the instruction.
 bool add_bfloat16_products(
     const Bfloat16Matrix& left, const Bfloat16Matrix& right, std::int64_t num_tokens, float* sum,
-    std::int64_t sum_stride, std::int64_t num_threads);
-
-bool has_bfloat16_products();
+    std::int64_t sum_stride, PairWay way, std::int64_t num_threads);
 
 }  // namespace optgptq

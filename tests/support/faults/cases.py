@@ -98,7 +98,8 @@ class Case:
             if name.startswith("."):
                 continue
             here = _below(found, name)
-            assert here in (_below(before, name), _below(self.after, name)), f"{where}: {name} is neither"
+            is_whole = here == _below(before, name) or _are_the_same(here, _below(self.after, name))
+            assert is_whole, f"{where}: {name} is neither"
 
     def require_finished(self, where: str) -> None:
         """Run the command once more and check that everything is as after an undisturbed run."""
@@ -133,7 +134,7 @@ class Case:
         return comparable(read_tree(self.root))
 
     def _is_there(self) -> bool:
-        return _seen(self.found()) == _seen(self.after)
+        return _are_the_same(_seen(self.found()), _seen(self.after))
 
 
 def make_case(runner: CommandRunner, arguments: tuple[str, ...], root: Path, before: Tree) -> Case:
@@ -158,6 +159,21 @@ def _without_times(content: bytes) -> bytes:
     except ValueError:
         return b"no whole record"
     return json.dumps({name: value for name, value in record.items() if name not in _OF_A_RUN}).encode()
+
+
+def _are_the_same(found: Tree, expected: Tree) -> bool:
+    return found.keys() == expected.keys() and all(
+        content == expected[path] or _tells_what_it_lacks(content, expected[path]) for path, content in found.items()
+    )
+
+
+def _tells_what_it_lacks(found: bytes | None, expected: bytes | None) -> bool:
+    """Say whether two run records differ in nothing but error maps, which a job may lose if its record says so."""
+    if not (found or b"").startswith(b"{") or not (expected or b"").startswith(b"{"):
+        return False
+    record, whole = json.loads(found or b""), json.loads(expected or b"")
+    told = [warning for warning in record.get("warnings", ()) if warning.startswith("the run record has no error maps")]
+    return bool(told) and record == {**whole, "error_maps": [], "warnings": [*whole["warnings"], *told]}
 
 
 def describe(log: tuple[Operation, ...], at: int) -> str:
