@@ -2,8 +2,8 @@
 
 `torch.nn.functional.linear` lays the weight out again at each call, which costs more than the product while few tokens
 are multiplied: with 4 to 16 tokens the packed product takes 0.4 to 0.6 of its time (EPYC, one thread, 1024 to 5632
-features). The operations are those that torch's own compiler calls; they are named in this file only. Our own loops take
-bfloat16 where the processor has AVX512_BF16 (`optgptq.native.dense_products`).
+features). The operations are those that torch's own compiler calls; they are named in this file only.
+Our own loops take bfloat16 where the processor has AVX512_BF16 (`optgptq.native.dense_products`).
 
 Shapes: `O` output rows, `I` input columns.
 """

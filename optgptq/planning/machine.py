@@ -21,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from optgptq.calibration.moments import InputMoment
 from optgptq.checkpoint.disk import disk_error
 from optgptq.environment import cache_folder
+from optgptq.models.linear import Linear
 from optgptq.native.causal_attention import attends_causally, causal_attention
 from optgptq.native.library import load_library
 from optgptq.plain_numbers import is_number
@@ -143,9 +144,10 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> MachineRates:
             return causal_attention(*heads, scale=scale)
         return F.scaled_dot_product_attention(*heads, is_causal=True)
 
+    linear = Linear(weight_OI)
     moment = InputMoment(1024, dtype=torch.float32, device=device)
     return MachineRates(
-        products=2048 * 1024**2 / _seconds(lambda: F.linear(inputs_TI, weight_OI), device),
+        products=2048 * 1024**2 / _seconds(lambda: linear(inputs_TI), device),
         moment_products=2048 * 1024**2 / _seconds(lambda: moment.add(inputs_TI), device),
         factor_products=1024**3 / _seconds(lambda: torch.linalg.cholesky_ex(square_II.flip(0, 1)), device),
         attention_products=8 * 512**2 * 64 / _seconds(attend, device),

@@ -18,6 +18,7 @@ from optgptq.kernels import KernelChoice, choose_affine_matmul, choose_binary_ma
 from optgptq.kernels.attention_choice import choose_attention
 from optgptq.kernels.packed_dense import packs
 from optgptq.memory import available_memory_bytes, total_memory_bytes
+from optgptq.native.dense_products import has_dense_products
 from optgptq.native.library import load_library
 from optgptq.processors import find_processors
 
@@ -137,6 +138,9 @@ def _attention_line(device: str) -> KernelLine:
 
 
 def _dense_line() -> KernelLine:
+    if has_dense_products():
+        reason = "dense products with weights laid out once: bfloat16 by compiled loops, float32 by torch"
+        return KernelLine(operation="dense_matmul", device="cpu", name="native", reason=reason)
     if packs(torch.device("cpu"), torch.float32):
         reason = "dense products of a running model with weights laid out once, by oneDNN"
         return KernelLine(operation="dense_matmul", device="cpu", name="packed", reason=reason)

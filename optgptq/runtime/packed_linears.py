@@ -11,7 +11,7 @@ _LARGEST_COPY_BYTES = 256 << 20
 
 
 def pack_linears(decoder: Decoder) -> None:
-    """Pack all dense linears for which that pays in place, one after the other, so that only one weight is held twice at a time."""
+    """Pack in place all dense linears for which that pays, so that only one weight at a time is held twice."""
     if not packs(decoder.device, decoder.dtype):
         return
     for layer in decoder.layers:
