@@ -32,6 +32,8 @@ namespace {
 constexpr std::int64_t kBlockTokens = 12;
 // Numbers of an item's tokens, which stay in the second cache while all rows pass.
 constexpr std::int64_t kNumbersPerItem = 1 << 17;
+// Tokens that are packed at a time: bounds memory.
+constexpr std::int64_t kTokens = 960;
 // Items for each thread, so that none waits long for the last one.
 constexpr std::int64_t kItemsPerThread = 4;
 // Pairs that are moved at a time, while their lines are in the first cache.
@@ -171,15 +173,14 @@ bool pack_dense(const DenseWeight& weight, std::uint32_t* tiles, std::int64_t nu
   return true;
 }
 
-bool multiply_dense(const DenseCall& call, PairWay way, std::int64_t num_threads) {
-  if (!has_bfloat16_products()) return false;
+namespace {
+
+// As many tokens as `packed` has room for.
+void multiply_tokens(const DenseCall& call, bool widened, std::uint32_t* packed, std::int64_t num_threads) {
   const Blocks blocks(call.num_tokens);
   const std::int64_t pairs = pairs_of(call.num_columns), groups = groups_of(call.num_rows);
   const std::int64_t numbers = call.num_tokens * call.num_columns;
-  const bool widened = widens(way);
   const std::int64_t size = widened ? 2 * pairs : pairs;  // of a token
-  const auto memory = aligned_memory(static_cast<std::size_t>(call.num_tokens * size) * sizeof(std::uint32_t));
-  auto* packed = static_cast<std::uint32_t*>(memory.get());
   share_out(blocks.count, smaller(numbers / kNumbersPerThread + 1, num_threads), [&](std::int64_t, std::int64_t block) {
     const std::int64_t begin = blocks.begin(block), count = blocks.begin(block + 1) - begin;
     pack_tokens(call, begin, count, widened, packed + begin * size);
@@ -197,6 +198,23 @@ bool multiply_dense(const DenseCall& call, PairWay way, std::int64_t num_threads
       multiply[count - 1](call, packed + begin * size, tiles, group * kGroupRows, begin);
     }
   });
+}
+
+}  // namespace
+
+bool multiply_dense(const DenseCall& call, PairWay way, std::int64_t num_threads) {
+  if (!has_bfloat16_products()) return false;
+  const bool widened = widens(way);
+  const std::int64_t most = smaller(call.num_tokens, kTokens);
+  const std::int64_t size = pairs_of(call.num_columns) * (widened ? 2 : 1);
+  const auto packed = aligned_memory(static_cast<std::size_t>(most * size) * sizeof(std::uint32_t));
+  DenseCall part = call;
+  for (std::int64_t begin = 0; begin < call.num_tokens; begin += kTokens) {
+    part.inputs = call.inputs + begin * call.input_stride;
+    part.output = call.output + begin * call.num_rows;
+    part.num_tokens = smaller(call.num_tokens - begin, kTokens);
+    multiply_tokens(part, widened, static_cast<std::uint32_t*>(packed.get()), num_threads);
+  }
   return true;
 }
 
