@@ -38,7 +38,8 @@ def main() -> int:
         notes=[
             f"`optgptq quantize bundled:story-llama` as a command, from its start to its end; before: commit "
             f"{arguments.commit}, built the same way. Median and spread over {arguments.rounds} rounds, in turns; the "
-            f"quotient is the median of those of the rounds. The aim is {AIM:g}."
+            f"quotient is the median of those of the rounds. Either has its bytecode, and from its second run on what "
+            f"it measured of the machine. The aim is {AIM:g}."
         ],
     )
     recipes, rounds = (arguments.recipes[:1], 1) if arguments.quick else (arguments.recipes, arguments.rounds)
@@ -65,11 +66,15 @@ def _earlier(commit: str, tree: Path) -> Path:
 
 
 def _packages(tree: Path, folder: Path) -> Path:
-    """Return a folder whose packages are those of a repository, under the names that they are installed by."""
+    """Return a folder whose packages are those of a repository, under the names that they are installed by.
+
+    Their bytecode is there, as an installation has it.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for source, name in PACKAGES.items():
-        (folder / name).symlink_to(tree / source)
+        shutil.copytree(tree / source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(folder)], check=True)
     return folder
 
 
@@ -81,7 +86,9 @@ def _in_turns(paths: dict[str, Path], recipe: str, text: str, rounds: int, work:
             command = [sys.executable, "-c", "from optgptq_cli.main import run; run()", *words]
             command += ["-o", str(work / f"{name}.out"), "--overwrite", "--quiet"]
             log = work / f"{name}-{recipe}-{number}.log"
-            seconds[name].append(run_measured(command, log, environment={"PYTHONPATH": str(path)}).seconds)
+            # Either keeps what it measured of this machine.
+            environment = {"PYTHONPATH": str(path), "XDG_CACHE_HOME": str(work / f"cache-{name}")}
+            seconds[name].append(run_measured(command, log, environment=environment).seconds)
     return seconds
 
 

@@ -1,7 +1,7 @@
 """What lies between the products of a layer: one launch or call instead of several operations of torch.
 
-On GPUs triton has it, for every model. On a processor the compiled library has it for models that run: quantization
-keeps to torch there, whose order of sums decides the last bits of what is calibrated.
+On GPUs triton has it, for every model. On a processor the compiled library has it for models that run; calibration and
+evaluation use its norms and gates in bfloat16 and torch in float32 (`optgptq.native.leaves.takes_activations`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def running_leaves(device: torch.device, dtype: torch.dtype) -> RunningLeaves | 
 def leaves_for(x: torch.Tensor) -> Leaves | None:
     """Return the kernels for tensors like `x`; None where torch's own operations run.
 
-    Those are used for every tensor on a processor, for float64, and where a gradient is wanted.
+    Or the compiled library: on a processor. torch has every tensor in float64, and where a gradient is wanted.
     """
     if not x.is_cuda or x.dtype == torch.float64 or (torch.is_grad_enabled() and x.requires_grad):
         return None

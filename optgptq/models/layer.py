@@ -22,6 +22,7 @@ from optgptq.models.linear import LinearLike
 from optgptq.models.norm import Norm
 from optgptq.models.rope import rotate_both
 from optgptq.models.spec import STAGE_NAMES, DecoderSpec, StageName
+from optgptq.native.leaves import gated, takes_activations
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -172,6 +173,8 @@ class DecoderLayer:
         leaves = leaves_for(gate)
         if leaves is not None:
             return leaves.gated(gate, up, self.spec.activation)
+        if takes_activations(gate):
+            return gated(gate, up, self.spec.activation)
         activated = activation(gate)
         return activated * up if activated.requires_grad else activated.mul_(up)
 

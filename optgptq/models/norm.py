@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from optgptq.kernels.leaves import leaves_for
 from optgptq.models.spec import NormSpec
-from optgptq.native.norm import norms_rows, rms_norm
+from optgptq.native.leaves import SumNorm, takes_activations
 
 
 @dataclass(slots=True, eq=False)
@@ -36,8 +36,8 @@ class Norm:
         leaves = leaves_for(x)
         if leaves is not None:
             return leaves.rms_norm(x, self.weight, self.spec.eps)
-        if self.weight is not None and norms_rows(x, self.weight):
-            return rms_norm(x, self.weight, self.spec.eps)
+        if takes_activations(x) and x.is_contiguous():
+            return SumNorm(self.weight, self.size, self.spec.eps)(x)
         if x.dtype == torch.float32 or not self.spec.weight_offset:
             return F.rms_norm(x, shape, self.weight, self.spec.eps)
         # Gemma multiplies by its weight in float32 and rounds once.

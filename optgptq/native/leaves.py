@@ -67,6 +67,19 @@ def takes_leaves(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in TYPES and load_library() is not None
 
 
+def takes_activations(x: torch.Tensor) -> bool:
+    """Say whether these go through `SumNorm` and `gated` while a model is calibrated or evaluated as a whole.
+
+    bfloat16 without a gradient: torch rounds between the operations that one call makes here, and takes each of them
+    through memory. In float32 it keeps the bits that transformers has.
+    """
+    return (
+        x.dtype == torch.bfloat16
+        and takes_leaves(x.device, x.dtype)
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )
+
+
 class SumNorm:
     """An RMS norm, of a sum where it is given a residual; what does not change from call to call is prepared."""
 

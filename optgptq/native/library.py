@@ -70,7 +70,6 @@ def load_library(folder: Path = _FOLDER) -> Library | None:
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     factors = (pointer, integer, integer) * 2
     shared.optgptq_add_bfloat16_products.argtypes = [*factors, integer, pointer, *(integer,) * 3]
-    shared.optgptq_rms_norm_bfloat16.argtypes = [*(pointer,) * 3, *(integer,) * 2, ctypes.c_double, integer]
     shared.optgptq_paged_attention.argtypes = [pointer, ctypes.c_int, integer]
     shared.optgptq_causal_attention.argtypes = [pointer, integer, integer]
     shared.optgptq_rotate_bfloat16.argtypes = [pointer, integer]

@@ -259,12 +259,12 @@ class Engine:
         return self._settle_all(step.sampled)
 
     def _sample(self, step: Step, logits_PV: torch.Tensor) -> list[SampledToken]:
-        rows, wanted = [], []
+        rows, wanted, eos_token_ids = [], [], self._eos_token_ids
         sampling_parts = [part for part in step.parts if part.samples]
         for index, part in enumerate(sampling_parts):
             for text in part.samples:
                 state = self._states[text.request.request_id]
-                rows.append(state.sampling_row(text, self._eos_token_ids))
+                rows.append(state.sampling_row(text, eos_token_ids))
                 wanted.append(index)
         if len(wanted) != len(sampling_parts):
             logits_PV = logits_PV[torch.tensor(wanted, device=logits_PV.device)]

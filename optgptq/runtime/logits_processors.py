@@ -80,7 +80,7 @@ def _hold_back_ends(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> None:
     places = [
         (index, token_id)
         for index, row in enumerate(rows)
-        if len(row.output_ids) < row.params.min_tokens
+        if row.num_written < row.params.min_tokens
         # A tokenizer may know an end-of-text token that the model has no logit for.
         for token_id in {*row.eos_token_ids, *row.params.stop_ids}
         if token_id < vocab_size

@@ -112,7 +112,7 @@ def _choose(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 def _draw(logits_BV: Tensor, best_B: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Return a random token of each row by inverting the cumulative distribution, int64 `[B]`."""
     params, vocab_size = [row.params for row in rows], logits_BV.shape[1]
-    numbers = [len(row.output_ids) for row in rows]
+    numbers = [row.num_written for row in rows]
     uniform = uniforms([row.seed for row in rows], [row.fork for row in rows], numbers)
     uniform_B = torch.from_numpy(uniform).to(logits_BV.device)
     if _has_leaves(logits_BV) and all(_keeps_all(row, vocab_size) for row in params):

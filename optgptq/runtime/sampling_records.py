@@ -16,7 +16,7 @@ class SamplingRow:
     Attributes:
         params: checked against the vocabulary (`SamplingParams.check_against`).
         prompt_ids: token ids of the prompt.
-        output_ids: token ids written so far; how many there are is the number of the new token.
+        token_ids: of the whole text, the prompt first; the scheduler's own list.
         seed: of the request, 0 or more.
         fork: which of the request's `n` texts this is.
         eos_token_ids: end-of-text tokens of the model.
@@ -24,10 +24,20 @@ class SamplingRow:
 
     params: SamplingParams
     prompt_ids: Sequence[int]
-    output_ids: Sequence[int]
+    token_ids: Sequence[int]
     seed: int
     fork: int
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def output_ids(self) -> Sequence[int]:
+        """The tokens written so far, a copy."""
+        return self.token_ids[len(self.prompt_ids) :]
+
+    @property
+    def num_written(self) -> int:
+        """How many there are, the number of the new token."""
+        return len(self.token_ids) - len(self.prompt_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

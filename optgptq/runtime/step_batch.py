@@ -78,20 +78,20 @@ class StepTables:
 
         Rows up to `fill_to` are filled with a text of their own, which writes to the reserved page 0 and reads it.
         """
-        counts = [part.end - part.begin for part in parts]
-        positions = [np.arange(part.begin, part.end) for part in parts]
+        begins, contexts = [part.begin for part in parts], [part.end for part in parts]
         tokens = [token for part in parts for token in part.sequence.token_ids[part.begin : part.end]]
         lengths = rope_lengths(self.spec, parts)
-        last = np.cumsum(counts, dtype=np.int64)[[bool(part.samples) for part in parts]] - 1
         missing = fill_to - len(tokens)
         if missing > 0:
             tokens += [0] * missing
-            counts.append(missing)
-            positions.append(np.arange(missing))
+            begins.append(0)
+            contexts.append(missing)
             lengths = None if lengths is None else np.concatenate((lengths, np.ones(missing, dtype=np.int64)))
-        contexts = [int(run[-1]) + 1 for run in positions]
+        counts = [end - begin for begin, end in zip(begins, contexts, strict=True)]
+        ends = np.cumsum(counts, dtype=np.int64)
+        last = ends[: len(parts)][[bool(part.samples) for part in parts]] - 1
         rows = self._remember(parts)
-        flat = np.concatenate(positions)
+        flat = np.arange(len(tokens)) + np.repeat(np.array(contexts, dtype=np.int64) - ends, counts)
         return StepBatch(
             token_T=self._put(np.array(tokens, dtype=np.int64)),
             position_T=self._put(flat),

@@ -164,6 +164,7 @@ class RequestState:
     texts: Sequence[TextState]
     error: OptGPTQError | None = None
     first_token: float | None = None
+    _rows: dict[int, SamplingRow] = field(default_factory=dict, init=False)
 
     @property
     def is_finished(self) -> bool:
@@ -171,15 +172,18 @@ class RequestState:
         return all(text.text.is_finished for text in self.texts)
 
     def sampling_row(self, text: Text, eos_token_ids: tuple[int, ...]) -> SamplingRow:
-        """Return what the sampler has to know for the next token of a text."""
-        return SamplingRow(
-            params=self.request.params,
-            prompt_ids=self.request.prompt_ids,
-            output_ids=text.output_ids,
-            seed=self.seed,
-            fork=text.index,
-            eos_token_ids=eos_token_ids,
-        )
+        """Return what the sampler has to know for the next token of a text, the same for all its tokens."""
+        row = self._rows.get(text.index)
+        if row is None:
+            row = self._rows[text.index] = SamplingRow(
+                params=self.request.params,
+                prompt_ids=self.request.prompt_ids,
+                token_ids=text.token_ids,
+                seed=self.seed,
+                fork=text.index,
+                eos_token_ids=eos_token_ids,
+            )
+        return row
 
     def result(self, now: float) -> GenerationResult:
         """Return what the request came to; all its texts have ended."""

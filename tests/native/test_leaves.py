@@ -11,7 +11,18 @@ from support.native_paths import native_paths
 from torch.nn import functional as F  # noqa: N812
 
 from optgptq.models.activations import ACTIVATIONS
-from optgptq.native.leaves import GATED_KINDS, SumNorm, draw, gated, greatest, joint_gated, takes_leaves
+from optgptq.models.norm import Norm
+from optgptq.models.spec import NormSpec
+from optgptq.native.leaves import (
+    GATED_KINDS,
+    SumNorm,
+    draw,
+    gated,
+    greatest,
+    joint_gated,
+    takes_activations,
+    takes_leaves,
+)
 from optgptq.native.library import load_library
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the native library was not built")
@@ -139,9 +150,10 @@ def test_a_draw_never_takes_what_has_no_weight(path) -> None:
 
 
 @pytest.mark.parametrize("path", native_paths())
-def test_company_and_threads_change_no_bit(path) -> None:
-    x = numbers((64, 8209), torch.bfloat16)
-    norm = SumNorm(torch.ones(8209), 8209, 1e-6, path=path)
+@pytest.mark.parametrize("shape", [(64, 8209), (5003, 77), (600, 4100)])
+def test_company_and_threads_change_no_bit(path, shape) -> None:
+    x = numbers(shape, torch.bfloat16)
+    norm = SumNorm(torch.ones(shape[1]), shape[1], 1e-6, path=path)
     logits = x.float()
     before = torch.get_num_threads()
     results = []
@@ -162,3 +174,26 @@ def test_what_is_taken() -> None:
     assert not takes_leaves(torch.device("cpu"), torch.float64)
     assert not takes_leaves(torch.device("meta"), torch.float32)
     assert SumNorm(None, 8, 1e-6)(torch.empty(0, 8)).shape == (0, 8)
+
+
+def test_a_norm_is_nearly_always_the_nearest_number() -> None:
+    x, weight = numbers((2000, 1100), torch.bfloat16), numbers((1100,), torch.bfloat16, seed=1)
+    exact = F.rms_norm(x.double(), (1100,), weight.double(), 1e-5)
+    assert float((SumNorm(weight, 1100, 1e-5)(x) != exact.bfloat16()).double().mean()) < 1e-3
+
+
+def test_norms_of_models_take_bfloat16_here_and_float32_in_torch() -> None:
+    weight = 1 + numbers((64,), torch.bfloat16, seed=1)
+    norm = Norm(NormSpec(kind="rms", eps=1e-5), 64, weight, None)
+    x = numbers((4, 6, 64), torch.bfloat16)
+    assert takes_activations(x)
+    assert torch.equal(norm(x), SumNorm(weight, 64, 1e-5)(x))
+    assert torch.equal(norm(x[:, ::2]), F.rms_norm(x[:, ::2], (64,), weight, 1e-5))
+    assert not takes_activations(x.float())
+    single = Norm(NormSpec(kind="rms", eps=1e-5), 64, weight.float(), None)
+    assert torch.equal(single(x.float()), F.rms_norm(x.float(), (64,), weight.float(), 1e-5))
+    with_gradient = x.requires_grad_()
+    assert not takes_activations(with_gradient)
+    assert norm(with_gradient).requires_grad
+    with torch.no_grad():
+        assert takes_activations(with_gradient)

@@ -10,7 +10,7 @@ from optgptq.scheduling.sampling_params import SamplingParams
 
 def row_of(params: SamplingParams, *, prompt=(), output=(), seed=0, fork=0, eos=()) -> SamplingRow:
     return SamplingRow(
-        params=params, prompt_ids=prompt, output_ids=output, seed=seed, fork=fork, eos_token_ids=tuple(eos)
+        params=params, prompt_ids=prompt, token_ids=[*prompt, *output], seed=seed, fork=fork, eos_token_ids=tuple(eos)
     )
 
 

@@ -32,8 +32,9 @@ namespace {
 constexpr std::int64_t kBlockTokens = 12;
 // Numbers of an item's tokens, which stay in the second cache while all rows pass.
 constexpr std::int64_t kNumbersPerItem = 1 << 17;
-// Tokens that are packed at a time: bounds memory.
+// Tokens that are packed at a time, more where they are short: bounds memory, and how often threads wait for each other.
 constexpr std::int64_t kTokens = 960;
+constexpr std::int64_t kNumbersAtATime = 1 << 20;
 // Items for each thread, so that none waits long for the last one.
 constexpr std::int64_t kItemsPerThread = 4;
 // Pairs that are moved at a time, while their lines are in the first cache.
@@ -139,21 +140,65 @@ constexpr MultiplyBlock kMultiplyBlock[kBlockTokens] = {
     multiply_block<9, W>, multiply_block<10, W>, multiply_block<11, W>, multiply_block<12, W>,
 };
 
+// Columns that are turned at a time: sixteen pairs, a register of a token.
+constexpr std::int64_t kTurned = 32;
+constexpr int kTurnedPairs = kTurned / 2;
+static_assert(kBlockTokens <= kTurnedPairs);
+
+// Turn sixteen rows of sixteen numbers into columns.
+OPTGPTQ_PAIRS_TARGET inline void turn(__m512i (&rows)[kTurnedPairs]) {
+  __m512i next[kTurnedPairs];
+  for (int two = 0; two < 16; two += 2) {
+    next[two] = _mm512_unpacklo_epi32(rows[two], rows[two + 1]);
+    next[two + 1] = _mm512_unpackhi_epi32(rows[two], rows[two + 1]);
+  }
+  for (int four = 0; four < 16; four += 4) {
+    for (int half = 0; half < 2; ++half) {
+      rows[four + 2 * half] = _mm512_unpacklo_epi64(next[four + half], next[four + half + 2]);
+      rows[four + 2 * half + 1] = _mm512_unpackhi_epi64(next[four + half], next[four + half + 2]);
+    }
+  }
+  // Row 4 f + c holds columns c, c + 4, c + 8 and c + 12 of rows 4 f to 4 f + 3.
+  for (int column = 0; column < 4; ++column) {
+    next[column] = _mm512_shuffle_i32x4(rows[column], rows[4 + column], 0x88);
+    next[4 + column] = _mm512_shuffle_i32x4(rows[column], rows[4 + column], 0xdd);
+    next[8 + column] = _mm512_shuffle_i32x4(rows[8 + column], rows[12 + column], 0x88);
+    next[12 + column] = _mm512_shuffle_i32x4(rows[8 + column], rows[12 + column], 0xdd);
+  }
+  for (int column = 0; column < 4; ++column) {
+    rows[column] = _mm512_shuffle_i32x4(next[column], next[8 + column], 0x88);
+    rows[8 + column] = _mm512_shuffle_i32x4(next[column], next[8 + column], 0xdd);
+    rows[4 + column] = _mm512_shuffle_i32x4(next[4 + column], next[12 + column], 0x88);
+    rows[12 + column] = _mm512_shuffle_i32x4(next[4 + column], next[12 + column], 0xdd);
+  }
+}
+
 // The tokens of a block as pairs `[pairs, count]`, or widened as `[pairs, 2, count]` with the second numbers first.
-void pack_tokens(
+OPTGPTQ_PAIRS_TARGET void pack_tokens(
     const DenseCall& call, std::int64_t begin, std::int64_t count, bool widened, std::uint32_t* packed) {
   const std::uint16_t* from = call.inputs + begin * call.input_stride;
-  if (!widened) {
-    return each_pair(
-        from, call.input_stride, count, call.num_columns,
-        [&](std::int64_t pair, std::int64_t token, std::uint32_t both) { packed[pair * count + token] = both; });
+  const auto tokens = static_cast<__mmask16>((1u << count) - 1);
+  for (std::int64_t column = 0; column < call.num_columns; column += kTurned) {
+    const std::int64_t left = smaller(call.num_columns - column, kTurned);
+    const auto inside = static_cast<__mmask32>(~0u >> (kTurned - left));
+    __m512i pairs[kTurnedPairs];
+    for (int token = 0; token < kTurnedPairs; ++token) {
+      pairs[token] = token < count ? _mm512_maskz_loadu_epi16(inside, from + token * call.input_stride + column)
+                                   : _mm512_setzero_si512();
+    }
+    turn(pairs);
+    const std::int64_t first = column / 2, some = pairs_of(left);
+    for (int pair = 0; pair < kTurnedPairs; ++pair) {
+      if (pair >= some) break;
+      if (widened) {
+        std::uint32_t* to = packed + 2 * (first + pair) * count;
+        _mm512_mask_storeu_epi32(to, tokens, _mm512_castps_si512(second_of(pairs[pair])));
+        _mm512_mask_storeu_epi32(to + count, tokens, _mm512_castps_si512(first_of(pairs[pair])));
+      } else {
+        _mm512_mask_storeu_epi32(packed + (first + pair) * count, tokens, pairs[pair]);
+      }
+    }
   }
-  each_pair(
-      from, call.input_stride, count, call.num_columns,
-      [&](std::int64_t pair, std::int64_t token, std::uint32_t both) {
-        packed[2 * pair * count + token] = both & 0xffff0000u;
-        packed[(2 * pair + 1) * count + token] = both << 16;
-      });
 }
 
 }  // namespace
@@ -205,14 +250,15 @@ void multiply_tokens(const DenseCall& call, bool widened, std::uint32_t* packed,
 bool multiply_dense(const DenseCall& call, PairWay way, std::int64_t num_threads) {
   if (!has_bfloat16_products()) return false;
   const bool widened = widens(way);
-  const std::int64_t most = smaller(call.num_tokens, kTokens);
+  const std::int64_t at_a_time = larger(kTokens, kNumbersAtATime / larger(call.num_columns, 1));
+  const std::int64_t most = smaller(call.num_tokens, at_a_time);
   const std::int64_t size = pairs_of(call.num_columns) * (widened ? 2 : 1);
   const auto packed = aligned_memory(static_cast<std::size_t>(most * size) * sizeof(std::uint32_t));
   DenseCall part = call;
-  for (std::int64_t begin = 0; begin < call.num_tokens; begin += kTokens) {
+  for (std::int64_t begin = 0; begin < call.num_tokens; begin += at_a_time) {
     part.inputs = call.inputs + begin * call.input_stride;
     part.output = call.output + begin * call.num_rows;
-    part.num_tokens = smaller(call.num_tokens - begin, kTokens);
+    part.num_tokens = smaller(call.num_tokens - begin, at_a_time);
     multiply_tokens(part, widened, static_cast<std::uint32_t*>(packed.get()), num_threads);
   }
   return true;

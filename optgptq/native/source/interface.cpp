@@ -1,7 +1,6 @@
 // What Python calls, by ctypes: plain functions over pointers. 0 means done.
 #include "group.hpp"
 #include "moment.hpp"
-#include "norm.hpp"
 #include "refine.hpp"
 #include "threads.hpp"
 
@@ -131,16 +130,6 @@ void refine_rows(RefineCall& call, int path_index, std::int64_t num_threads) {
 OPTGPTQ_EXPORT int optgptq_supported(int path) { return optgptq::supported(path); }
 
 OPTGPTQ_EXPORT int optgptq_has_bfloat16_products() { return optgptq::has_bfloat16_products(); }
-
-OPTGPTQ_EXPORT int optgptq_rms_norm_bfloat16(
-    const void* input, const void* weight, void* output, std::int64_t num_rows, std::int64_t size, double epsilon,
-    std::int64_t num_threads) {
-  optgptq::rms_norm_bfloat16(
-      {static_cast<const std::uint16_t*>(input), static_cast<const std::uint16_t*>(weight),
-       static_cast<std::uint16_t*>(output), num_rows, size, epsilon},
-      num_threads);
-  return optgptq::kDone;
-}
 
 OPTGPTQ_EXPORT int optgptq_round_group(
     const optgptq::GroupCall* call, int number_bytes, int path, std::int64_t num_threads) {

@@ -19,6 +19,8 @@ constexpr std::int64_t kNumbersPerThread = 1 << 18;
 constexpr std::int64_t kGatesPerThread = 1 << 16;
 constexpr std::int64_t kDrawnPerThread = 1 << 15;
 constexpr std::int64_t kGatesPerItem = 1 << 12;
+// Numbers of the rows that a thread takes at a time: what it costs to take them is little beside them.
+constexpr std::int64_t kNumbersPerItem = 1 << 12;
 
 LeavesPath leaves_of(int path) {
 #if defined(__x86_64__)
@@ -35,24 +37,28 @@ std::int64_t num_workers(std::int64_t num_items, std::int64_t worth, std::int64_
   return worth < most ? worth : most;
 }
 
-// Give every thread a run of rows.
+// Call `work(row)` for all rows, runs of them by each thread.
 template <class Work>
 void share_rows(std::int64_t num_rows, std::int64_t numbers_of_row, std::int64_t num_threads, const Work& work) {
-  const std::int64_t workers = num_workers(num_rows, num_rows * numbers_of_row / kNumbersPerThread + 1, num_threads);
-  if (workers <= 1) {
-    for (std::int64_t row = 0; row < num_rows; ++row) work(row);
-    return;
-  }
-  share_out(num_rows, workers, [&](std::int64_t, std::int64_t row) { work(row); });
+  const std::int64_t run = kNumbersPerItem / (numbers_of_row + 1) + 1, num_items = (num_rows + run - 1) / run;
+  const std::int64_t worth = num_rows * numbers_of_row / kNumbersPerThread + 1;
+  share_out(num_items, num_workers(num_items, worth, num_threads), [&](std::int64_t, std::int64_t item) {
+    const std::int64_t end = (item + 1) * run < num_rows ? (item + 1) * run : num_rows;
+    for (std::int64_t row = item * run; row < end; ++row) work(row);
+  });
 }
 
 void gate(const GatedCall& call, int path_index, std::int64_t num_threads) {
   const LeavesPath path = leaves_of(path_index);
-  const std::int64_t parts = (call.size + kGatesPerItem - 1) / kGatesPerItem, num_items = call.num_rows * parts;
+  // A few long rows are divided; of short ones a thread takes several.
+  const std::int64_t parts = (call.size + kGatesPerItem - 1) / kGatesPerItem;
+  const std::int64_t run = parts > 1 ? 1 : kGatesPerItem / (call.size + 1) + 1;
+  const std::int64_t num_items = (call.num_rows + run - 1) / run * parts;
   const std::int64_t worth = call.num_rows * call.size / kGatesPerThread + 1;
   share_out(num_items, num_workers(num_items, worth, num_threads), [&](std::int64_t, std::int64_t item) {
     const std::int64_t begin = item % parts * kGatesPerItem, end = begin + kGatesPerItem;
-    path.gated(call, item / parts, begin, end < call.size ? end : call.size);
+    const std::int64_t first = item / parts * run, last = first + run < call.num_rows ? first + run : call.num_rows;
+    for (std::int64_t row = first; row < last; ++row) path.gated(call, row, begin, end < call.size ? end : call.size);
   });
 }
 

@@ -1,7 +1,8 @@
 // X^T X and X^T Y of bfloat16 numbers with sums in float32 (AVX512_BF16).
 //
 // Tokens are packed by pairs: number `j` of a packed row holds column `j` of two tokens; or widened, row by row, the
-// second token of a pair first. Packed panels of `X` serve as both factors of X^T X. A product of two bfloat16 numbers is exact in float32, so only sums are rounded, as elsewhere.
+// second token of a pair first. Packed panels of `X` serve as both factors of X^T X. A product of two bfloat16 numbers is
+// exact in float32, so only sums are rounded, as elsewhere.
 #include "moment.hpp"
 
 #include "threads.hpp"
@@ -22,7 +23,7 @@ constexpr std::int64_t kPairs = 64;
 // the same.
 constexpr std::int64_t kTokens = 4096;
 // Multiplications below which a second thread costs more than it does.
-constexpr double kWorkPerThread = 1e8;
+constexpr double kWorkPerThread = 1e7;
 
 // One factor, and its columns packed by panels.
 struct Factor {
@@ -78,30 +79,32 @@ OPTGPTQ_PAIRS_TARGET inline __m512 add_products(__m512 sum, __m512i left, __m512
 }
 
 // Add packed rows of tokens to one tile of the sum; `rows` and `columns` point into packed panels.
-template <bool kWidened>
+// Add packed rows of tokens to one tile of the sum, its vectors from kFrom to kTo; `rows` and `columns` point into
+// packed panels.
+template <bool kWidened, int kFrom, int kTo>
 OPTGPTQ_PAIRS_TARGET void add_tile(
     const std::uint32_t* rows, const std::uint32_t* columns, std::int64_t num_packed, float* sum,
     std::int64_t sum_stride, std::int64_t num_rows, std::int64_t num_columns) {
   __m512 total[kRows][kVectors];
   for (int row = 0; row < kRows; ++row) {
-    for (int vector = 0; vector < kVectors; ++vector) total[row][vector] = _mm512_setzero_ps();
+    for (int vector = kFrom; vector < kTo; ++vector) total[row][vector] = _mm512_setzero_ps();
   }
   for (std::int64_t token = 0; token < num_packed; ++token) {
     __m512i right[kVectors];
-    for (int vector = 0; vector < kVectors; ++vector) {
+    for (int vector = kFrom; vector < kTo; ++vector) {
       right[vector] = _mm512_load_si512(columns + token * kPanel + 16 * vector);
     }
     for (int row = 0; row < kRows; ++row) {
       const __m512i left = _mm512_set1_epi32(static_cast<int>(rows[token * kPanel + row]));
-      for (int vector = 0; vector < kVectors; ++vector) {
+      for (int vector = kFrom; vector < kTo; ++vector) {
         total[row][vector] = add_products<kWidened>(total[row][vector], left, right[vector]);
       }
     }
   }
   for (int row = 0; row < kRows && row < num_rows; ++row) {
-    for (int vector = 0; vector < kVectors; ++vector) {
+    for (int vector = kFrom; vector < kTo; ++vector) {
       const std::int64_t rest = num_columns - 16 * vector;
-      const __mmask16 inside = rest >= 16 ? 0xffff : rest <= 0 ? 0 : static_cast<__mmask16>((1u << rest) - 1);
+      const __mmask16 inside = rest >= 16 ? 0xffff : static_cast<__mmask16>((1u << rest) - 1);
       float* place = sum + row * sum_stride + 16 * vector;
       const __m512 before = _mm512_maskz_loadu_ps(inside, place);
       _mm512_mask_storeu_ps(place, inside, _mm512_add_ps(before, total[row][vector]));
@@ -109,19 +112,34 @@ OPTGPTQ_PAIRS_TARGET void add_tile(
   }
 }
 
+using AddTile = void (*)(
+    const std::uint32_t*, const std::uint32_t*, std::int64_t, float*, std::int64_t, std::int64_t, std::int64_t);
+
+// By the first vector and the one behind the last.
+template <bool W>
+constexpr AddTile kAddTile[kVectors][kVectors] = {
+    {add_tile<W, 0, 1>, add_tile<W, 0, 2>, add_tile<W, 0, 3>},
+    {nullptr, add_tile<W, 1, 2>, add_tile<W, 1, 3>},
+    {nullptr, nullptr, add_tile<W, 2, 3>},
+};
+static_assert(kVectors == 3);
+
 void add_block(const Job& job, std::int64_t row_panel, std::int64_t column_panel) {
   const std::int64_t num_rows = job.left.num_columns - row_panel * kPanel;
   const std::int64_t num_columns = job.right.num_columns - column_panel * kPanel;
+  const std::int64_t last = num_columns >= kPanel ? kVectors : (num_columns + 15) / 16;
+  const bool diagonal = job.symmetric && row_panel == column_panel;
+  const auto& add = job.widened ? kAddTile<true> : kAddTile<false>;
   float* sum = job.sum + row_panel * kPanel * job.sum_stride + column_panel * kPanel;
   for (std::int64_t begin = 0; begin < job.num_pairs; begin += kPairs) {
     const std::int64_t rest = job.num_pairs - begin, pairs = rest < kPairs ? rest : kPairs;
     const std::int64_t each = job.rows_of_pair();
     const std::uint32_t* rows = job.left.packed + (row_panel * job.num_pairs + begin) * each * kPanel;
     const std::uint32_t* columns = job.right.packed + (column_panel * job.num_pairs + begin) * each * kPanel;
-    const auto add = job.widened ? add_tile<true> : add_tile<false>;
     for (std::int64_t row = 0; row < kPanel && row < num_rows; row += kRows) {
-      add(rows + row, columns, pairs * each, sum + row * job.sum_stride, job.sum_stride, num_rows - row,
-          num_columns);
+      const std::int64_t first = diagonal ? row / 16 : 0;
+      add[first][last - 1](
+          rows + row, columns, pairs * each, sum + row * job.sum_stride, job.sum_stride, num_rows - row, num_columns);
     }
   }
 }
@@ -132,11 +150,12 @@ void add_tokens(const Job& job, std::int64_t num_threads) {
   if (!job.symmetric) {
     share_out(right, num_threads, [&](std::int64_t, std::int64_t panel) { pack_panel(job, job.right, panel); });
   }
-  // A block row is one item: its panel of rows stays in the cache. The longest come first.
-  share_out(left, num_threads, [&](std::int64_t, std::int64_t row_panel) {
-    for (std::int64_t column_panel = job.symmetric ? row_panel : 0; column_panel < right; ++column_panel) {
-      add_block(job, row_panel, column_panel);
-    }
+  // Blocks of a row follow each other: their panel of rows stays in the cache.
+  const std::int64_t num_blocks = job.symmetric ? left * (left + 1) / 2 : left * right;
+  share_out(num_blocks, num_threads, [&](std::int64_t, std::int64_t block) {
+    std::int64_t row_panel = 0, in_row = right;
+    for (; block >= in_row; ++row_panel, in_row -= job.symmetric ? 1 : 0) block -= in_row;
+    add_block(job, row_panel, block + (job.symmetric ? row_panel : 0));
   });
 }
 
