@@ -17,6 +17,7 @@ import torch
 from optgptq.calibration.attention_map import attention_weights, check_causal
 from optgptq.calibration.moments import InputMoment, add_sum
 from optgptq.models.spec import DecoderSpec
+from optgptq.native.causal_attention import attends_causally, causal_attention
 from optgptq.numerics import exact_float32_products
 
 # Windows that are added at a time: a chunk has at least one position of each.
@@ -24,6 +25,8 @@ MOST_WINDOWS = 16
 # Rows of attention maps that exist at a time, and the most positions among them: few enough to skip later keys.
 _ROWS_PER_CHUNK = 512
 _POSITIONS_PER_CHUNK = 256
+# Numbers of attended inputs that compiled attention makes at a time, but for rows of at least one chunk.
+_FUSED_NUMBERS = 1 << 20
 # Only blocks on and above the diagonal of a symmetric product are multiplied.
 _COLUMNS_PER_BLOCK = 256
 
@@ -36,10 +39,14 @@ class WindowHeads:
     key_BKTD: torch.Tensor
     inputs_BTI: torch.Tensor
 
-    def window(self, index: int) -> WindowHeads:
-        """Return one of the windows."""
-        rows = slice(index, index + 1)
-        return WindowHeads(self.query_BNTD[rows], self.key_BKTD[rows], self.inputs_BTI[rows])
+    def part(self, windows: slice) -> WindowHeads:
+        """Return some of the windows."""
+        return WindowHeads(self.query_BNTD[windows], self.key_BKTD[windows], self.inputs_BTI[windows])
+
+    def of_kv_head(self, kv_head: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries `[B, G, T, D]`, keys `[B, 1, T, D]` and, as values, the inputs `[B, 1, T, I]` of one head."""
+        query_BGTD = self.query_BNTD[:, kv_head * group : (kv_head + 1) * group]
+        return query_BGTD, self.key_BKTD[:, kv_head : kv_head + 1], self.inputs_BTI.unsqueeze(1)
 
 
 class AttendedMoments:
@@ -80,14 +87,15 @@ class AttendedMoments:
         if (reference is not None) != bool(self.shift_sum_KII.shape[0]):
             raise ValueError("a reference stream is needed with shift, and only then")
         num_windows, length, width = windows.inputs_BTI.shape
+        rows = self._group * positions_BS.shape[1]
+        fused = attends_in_one_call(windows, self._spec, self._layer_index)
+        by_gram = not fused and _gram_is_cheaper(rows, length, width)
+        together = max(1, _fused_rows(width) // rows) if fused else 1 if by_gram else num_windows
+        add = self._add_gram if by_gram else self._add_rows
         with exact_float32_products():
-            if not _gram_is_cheaper(self._group * positions_BS.shape[1], length, width):
-                self._add_rows(windows, positions_BS, reference)
-                return
-            for index in range(num_windows):
-                other = None if reference is None else reference.window(index)
-                for slot, kv_head in enumerate(self.kv_heads):
-                    self._add_gram(slot, kv_head, windows.window(index), positions_BS[index : index + 1], other)
+            for first in range(0, num_windows, together):
+                part = slice(first, first + together)
+                add(windows.part(part), positions_BS[part], None if reference is None else reference.part(part))
 
     def merge(self, other: AttendedMoments) -> None:
         """Add what another part of the calibration set measured for the same heads."""
@@ -109,12 +117,15 @@ class AttendedMoments:
         return self._spec.num_heads // self._spec.num_kv_heads
 
     def _add_rows(self, windows: WindowHeads, positions_BS: torch.Tensor, reference: WindowHeads | None) -> None:
-        for chunk_BS in torch.split(positions_BS, self._chunk_size(len(positions_BS)), dim=1):
+        attended, size = self._attended, self._chunk_size(len(positions_BS))
+        if attends_in_one_call(windows, self._spec, self._layer_index):
+            attended, size = self._fused, _fused_rows(windows.inputs_BTI.shape[2]) // (self._group * len(positions_BS))
+        for chunk_BS in torch.split(positions_BS, max(1, size), dim=1):
             for slot, kv_head in enumerate(self.kv_heads):
-                attended_RI = self._attended(kv_head, windows, chunk_BS)
+                attended_RI = attended(kv_head, windows, chunk_BS)
                 self.moments[slot].add(attended_RI)
                 if reference is not None:
-                    change_RI = self._attended(kv_head, reference, chunk_BS) - attended_RI
+                    change_RI = attended(kv_head, reference, chunk_BS) - attended_RI
                     add_sum(change_RI, attended_RI, self.shift_sum_KII[slot])
 
     def _attended(self, kv_head: int, windows: WindowHeads, chunk_BS: torch.Tensor) -> torch.Tensor:
@@ -123,10 +134,22 @@ class AttendedMoments:
         # Products of bfloat16 activations stay in bfloat16: rounding a weight moves the moment by 1e-6 of its diagonal.
         return torch.bmm(weights_BGST.flatten(1, 2).to(inputs_BTI.dtype), inputs_BTI).flatten(0, 1)
 
-    def _add_gram(
+    def _fused(self, kv_head: int, windows: WindowHeads, chunk_BS: torch.Tensor) -> torch.Tensor:
+        """The same by compiled attention, with the same roundings; its rows come in another order."""
+        if not self._checked:
+            self._weights(kv_head, windows.part(slice(0, 1)), chunk_BS[:1])
+        scale = self._spec.layers[self._layer_index].attention_scale
+        attended_BGSI = causal_attention(*windows.of_kv_head(kv_head, self._group), scale=scale, positions_BQ=chunk_BS)
+        return attended_BGSI.transpose(1, 2).flatten(0, 2)
+
+    def _add_gram(self, window: WindowHeads, positions_1S: torch.Tensor, reference: WindowHeads | None) -> None:
+        """Add `X^T (sum A^T A) X` of one window: one product of the width for all query heads of a group."""
+        for slot, kv_head in enumerate(self.kv_heads):
+            self._add_head_gram(slot, kv_head, window, positions_1S, reference)
+
+    def _add_head_gram(
         self, slot: int, kv_head: int, window: WindowHeads, positions_1S: torch.Tensor, reference: WindowHeads | None
     ) -> None:
-        """Add `X^T (sum A^T A) X` of one window: one product of the width for all query heads of the group."""
         moment = self.moments[slot]
         dtype = moment.sum_II.dtype
         inputs_TI = window.inputs_BTI[0].to(dtype)
@@ -167,6 +190,14 @@ class AttendedMoments:
         return max(1, min(_POSITIONS_PER_CHUNK, _ROWS_PER_CHUNK // (self._group * num_windows)))
 
 
+def attends_in_one_call(windows: WindowHeads, spec: DecoderSpec, layer_index: int) -> bool:
+    """Say whether a compiled call attends to the inputs, so that no map is ever in memory."""
+    layer = spec.layers[layer_index]
+    is_plain = spec.alibi is None and spec.attention_softcap is None and layer.sliding_window is None
+    heads = windows.of_kv_head(0, spec.num_heads // spec.num_kv_heads)
+    return is_plain and attends_causally(*heads, scale=layer.attention_scale)
+
+
 def attended_bytes(spec: DecoderSpec, num_positions: int, *, num_kv_heads: int, dtype: torch.dtype, shift: bool) -> int:
     """Return the most memory that sums and intermediates of `AttendedMoments` take, its inputs not counted."""
     width, number = spec.hidden_size, dtype.itemsize
@@ -175,9 +206,15 @@ def attended_bytes(spec: DecoderSpec, num_positions: int, *, num_kv_heads: int, 
     most_rows = max(_ROWS_PER_CHUNK, MOST_WINDOWS * (spec.num_heads // spec.num_kv_heads))
     keys = MOST_WINDOWS * num_positions * spec.head_dim * 8
     maps = 4 * most_rows * num_positions * 8 + keys
-    rows = 4 * most_rows * width * number
+    # Compiled attention makes more rows at a time, and holds windows once more.
+    together = max(most_rows, _fused_rows(width))
+    rows = 4 * together * width * number + 2 * MOST_WINDOWS * num_positions * (width + spec.head_dim)
     gram = 2 * num_positions**2 * number + 4 * num_positions * width * number
     return sums + maps + max(rows, gram)
+
+
+def _fused_rows(width: int) -> int:
+    return max(_ROWS_PER_CHUNK, _FUSED_NUMBERS // width)
 
 
 def _gram_is_cheaper(num_rows: int, length: int, width: int) -> bool:

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from optgptq.bundled import bundled_path
+from optgptq.calibration.attended_moments import WindowHeads, attends_in_one_call
 from optgptq.calibration.start import layer_settings
 from optgptq.calibration.stream import KEPT_BYTES
 from optgptq.plan import LinearPlan
@@ -215,12 +218,23 @@ class TimeModel:
         if asked.values:
             streams = 2 if work.shifts else 1
             rows = int(work.num_tokens * asked.value_share) * spec.num_heads
-            attended = rows * work.window_size * (spec.hidden_size + spec.head_dim) / rates.products
-            maps = 6 * rows * work.window_size / rates.numbers
+            attended = self._attended(rows * work.window_size)
             sums = rows * spec.hidden_size**2 / rates.moment_products * (1 if streams == 1 else 1 + 1 / _UPPER_SHARE)
-            seconds += streams * (attended + maps) + sums
+            seconds += streams * attended + sums
             seconds += streams * spec.num_kv_heads * self._factor(spec.hidden_size)
         return seconds
+
+    def _attended(self, num_weights: int) -> float:
+        """Return what attention to the layer's inputs takes, for so many weights, half of them of later keys."""
+        spec, rates = self.work.spec, self.rates
+        shapes = ((spec.num_heads, 2, spec.head_dim), (spec.num_kv_heads, 2, spec.head_dim), (2, spec.hidden_size))
+        windows = WindowHeads(
+            *(torch.empty(1, *shape, dtype=self.work.dtype, device=self.work.device) for shape in shapes)
+        )
+        products = num_weights * (spec.hidden_size + spec.head_dim)
+        if attends_in_one_call(windows, spec, 0):
+            return products / 2 / rates.attention_products
+        return products / rates.products + 6 * num_weights / rates.numbers
 
     def _factor(self, columns: int) -> float:
         return columns**3 / self.rates.factor_products + 10 * columns**2 / self.rates.numbers

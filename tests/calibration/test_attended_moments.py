@@ -22,7 +22,16 @@ from support.attention_moments import (
     two_sided,
 )
 
+from optgptq.calibration.attended_moments import AttendedMoments, WindowHeads
 from optgptq.calibration.attention_moments import AttentionMoments
+from optgptq.errors import NumericalError
+from optgptq.models.spec import DecoderSpec
+from optgptq.native.library import load_library
+
+_library = load_library()
+needs_fused = pytest.mark.skipif(
+    _library is None or not _library.bfloat16_products, reason="no native library, or no products of bfloat16"
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "rotary": {},
@@ -156,3 +165,59 @@ def test_a_share_of_positions_has_the_right_mean() -> None:
     assert not torch.equal(drawn[0], drawn[1])
     assert float((drawn[0] - whole).norm() / whole.norm()) < 0.25
     assert float((torch.stack(drawn).mean(dim=0) - whole).norm() / whole.norm()) < 0.08
+
+
+def _wide_spec(*, window: int | None = None) -> DecoderSpec:
+    spec = attention_layer(rope=None, window=window).spec
+    return replace(spec, hidden_size=48, head_dim=16, num_heads=4, num_kv_heads=2)
+
+
+def _bfloat16_windows(seed: int) -> WindowHeads:
+    generator = torch.Generator().manual_seed(seed)
+    heads = (torch.randn(3, 70, number, 16, generator=generator).bfloat16().transpose(1, 2) for number in (4, 2))
+    return WindowHeads(*heads, torch.randn(3, 70, 48, generator=generator).bfloat16())
+
+
+def _moments_of(windows: WindowHeads, reference: WindowHeads | None, spec: DecoderSpec) -> AttendedMoments:
+    dtype = torch.promote_types(windows.inputs_BTI.dtype, torch.float32)
+    moments = AttendedMoments(spec, 0, range(2), dtype=dtype, shift=reference is not None, device="cpu")
+    positions_BS = torch.stack([torch.arange(first, 70, 3)[:20] for first in range(3)])
+    moments.add(windows, positions_BS, reference=reference)
+    return moments
+
+
+def _in_float64(windows: WindowHeads) -> WindowHeads:
+    return WindowHeads(windows.query_BNTD.double(), windows.key_BKTD.double(), windows.inputs_BTI.double())
+
+
+@needs_fused
+@pytest.mark.parametrize("rows", [1, 7, 60, 4096])
+def test_compiled_attention_gives_the_same_moments(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows and positions in parts of any size. In float64 maps are written out."""
+    windows, reference = _bfloat16_windows(0), _bfloat16_windows(1)
+    expected = _moments_of(_in_float64(windows), _in_float64(reference), _wide_spec())
+    monkeypatch.setattr("optgptq.calibration.attended_moments._FUSED_NUMBERS", 0)
+    monkeypatch.setattr("optgptq.calibration.attended_moments._ROWS_PER_CHUNK", rows)
+    found = _moments_of(windows, reference, _wide_spec())
+    assert found.num_rows == expected.num_rows == 3 * 20 * 2
+    for kv_head in range(2):
+        for mine, theirs in (
+            (found.moments[kv_head].mean(), expected.moments[kv_head].mean()),
+            (found.shift_mean(kv_head), expected.shift_mean(kv_head)),
+        ):
+            assert float((mine - theirs).norm() / theirs.norm()) < 2.0**-8
+
+
+@needs_fused
+def test_a_window_of_keys_is_never_fused() -> None:
+    with_window = _moments_of(_bfloat16_windows(0), None, _wide_spec(window=5))
+    without = _moments_of(_bfloat16_windows(0), None, _wide_spec())
+    assert float((with_window.moments[0].mean() - without.moments[0].mean()).norm()) > 0.1
+
+
+@needs_fused
+def test_scores_that_are_no_number_are_told() -> None:
+    windows = _bfloat16_windows(0)
+    windows.key_BKTD[0, 0, 3] = torch.nan
+    with pytest.raises(NumericalError, match="softmax attention"):
+        _moments_of(windows, None, _wide_spec())

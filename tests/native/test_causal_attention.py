@@ -19,7 +19,7 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def _exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """Attention one query at a time, in float64."""
     group_size = query.shape[1] // key.shape[1]
-    output = torch.empty(query.shape, dtype=torch.float64)
+    output = torch.empty(*query.shape[:3], value.shape[3], dtype=torch.float64)
     for sequence, head, token in torch.cartesian_prod(*(torch.arange(size) for size in query.shape[:3])).tolist():
         keys = key[sequence, head // group_size, : token + 1].double()
         weights = torch.softmax(keys @ query[sequence, head, token].double() * scale, dim=0)
@@ -49,6 +49,22 @@ def test_output_is_near_the_exact_one(sizes: tuple[int, int, int, int, int]) -> 
     # Weights and the output are rounded to 8 bits each.
     assert float((found.double() - exact).norm() / exact.norm()) < 2.0**-8
     torch.testing.assert_close(found.double(), exact, rtol=2.0**-7, atol=2.0**-7)
+
+
+@pytest.mark.parametrize("value_dim", [16, 80])
+def test_some_positions_and_values_of_another_width(value_dim: int) -> None:
+    query, key, _ = _heads(3, 4, 2, 75, 32)
+    # One row of values for all heads, as inputs of a layer are, in memory that has gaps.
+    inputs = torch.randn(3, 75, value_dim + 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    value = inputs[:, None, :, :value_dim].expand(-1, 2, -1, -1)
+    positions = torch.tensor([[0, 1, 40, 41, 42, 43, 44, 45, 46, 74], [*range(10)], [*range(65, 75)]])
+    found = causal_attention(query, key, value, scale=0.2, positions_BQ=positions)
+    whole = causal_attention(query, key, value, scale=0.2)
+    exact = _exact(query, key, value, 0.2)
+    torch.testing.assert_close(whole.double(), exact, rtol=2.0**-7, atol=2.0**-7)
+    for sequence, of_sequence in enumerate(positions):
+        assert torch.equal(found[sequence], whole[sequence][:, of_sequence])
+    assert torch.equal(causal_attention(query, key, value, scale=0.2, positions_BQ=positions[:, :3]), found[:, :, :3])
 
 
 def test_large_scores_neither_overflow_nor_blur() -> None:
@@ -95,5 +111,8 @@ def test_only_what_fits_is_taken() -> None:
     assert not attends_causally(query.float(), key.float(), value.float(), scale=0.2)
     assert not attends_causally(query[..., :24], key[..., :24], value[..., :24], scale=0.2)
     assert not attends_causally(query[:, :, -1:], key, value, scale=0.2)
+    assert attends_causally(query, key, value[..., :16], scale=0.2)
+    assert not attends_causally(query, key, value[..., :24], scale=0.2)
+    assert not attends_causally(query, key, value[:, :, :4], scale=0.2)
     assert not attends_causally(query, key, value, scale=-0.2)
     assert not attends_causally(query.requires_grad_(), key, value, scale=0.2)

@@ -20,8 +20,8 @@ struct BinaryProductPath {
   // Row tiles from `begin` to before `end` with all tokens; for more than kFewTokens `results` is kResultsSpace numbers.
   void (*multiply)(const BinaryCodes& weight, const ProductInputs& inputs, const ProductOutput& output,
                    std::int64_t begin, std::int64_t end, float* results);
-  // The same with activations in float: `rows` are [tokens, blocks, 32].
-  void (*exact)(const BinaryCodes& weight, const float* rows, std::int64_t num_tokens, const ProductOutput& output,
+  // The same with activations as they are.
+  void (*exact)(const BinaryCodes& weight, const ExactInputs& inputs, const ProductOutput& output,
                 std::int64_t begin, std::int64_t end);
 };
 

@@ -47,8 +47,8 @@ OPTGPTQ_INLINE void add_exact_planes(const std::uint8_t* block, int part, const 
 
 // Some tokens and the rows of vector `part` of a tile.
 template <int planes, int tokens>
-void exact_part(const BinaryCodes& weight, const float* rows, const ProductOutput& output, std::int64_t first_token,
-                std::int64_t tile, int part) {
+void exact_part(const BinaryCodes& weight, const ExactInputs& inputs, const ProductOutput& output,
+                std::int64_t first_token, std::int64_t tile, int part) {
   const std::int64_t group_blocks = weight.num_blocks / weight.num_groups;
   const std::uint8_t* codes = weight.codes + tile * weight.num_blocks * block_bytes<planes>();
   FloatVector sums[tokens] = {};
@@ -62,8 +62,9 @@ void exact_part(const BinaryCodes& weight, const float* rows, const ProductOutpu
     for (std::int64_t block = group * group_blocks; block < (group + 1) * group_blocks; ++block) {
       const float* of_block[tokens];
       for (int token = 0; token < tokens; ++token) {
-        of_block[token] = rows + ((first_token + token) * weight.num_blocks + block) * kBlockColumns;
+        of_block[token] = inputs.rows + ((first_token + token) * weight.num_blocks + block) * kBlockColumns;
       }
+      if (first_token == 0 && part == 0) ask_ahead<planes>(codes, inputs.bytes_ahead);
       add_exact_planes<planes, tokens, 0>(codes, part, of_block, of, sums);
       codes += block_bytes<planes>();
     }
@@ -74,24 +75,24 @@ void exact_part(const BinaryCodes& weight, const float* rows, const ProductOutpu
 }
 
 template <int planes>
-void exact_planes(const BinaryCodes& weight, const float* rows, std::int64_t num_tokens, const ProductOutput& output,
+void exact_planes(const BinaryCodes& weight, const ExactInputs& inputs, const ProductOutput& output,
                   std::int64_t begin, std::int64_t end) {
   for (std::int64_t tile = begin; tile < end; ++tile) {
     for (int part = 0; part < kParts; ++part) {
       std::int64_t token = 0;
-      for (; token + 4 <= num_tokens; token += 4) exact_part<planes, 4>(weight, rows, output, token, tile, part);
-      for (; token < num_tokens; ++token) exact_part<planes, 1>(weight, rows, output, token, tile, part);
+      for (; token + 4 <= inputs.num_tokens; token += 4) exact_part<planes, 4>(weight, inputs, output, token, tile, part);
+      for (; token < inputs.num_tokens; ++token) exact_part<planes, 1>(weight, inputs, output, token, tile, part);
     }
   }
 }
 
-void exact_binary(const BinaryCodes& weight, const float* rows, std::int64_t num_tokens, const ProductOutput& output,
+void exact_binary(const BinaryCodes& weight, const ExactInputs& inputs, const ProductOutput& output,
                   std::int64_t begin, std::int64_t end) {
   switch (weight.num_planes) {
-    case 1: return exact_planes<1>(weight, rows, num_tokens, output, begin, end);
-    case 2: return exact_planes<2>(weight, rows, num_tokens, output, begin, end);
-    case 3: return exact_planes<3>(weight, rows, num_tokens, output, begin, end);
-    default: return exact_planes<4>(weight, rows, num_tokens, output, begin, end);
+    case 1: return exact_planes<1>(weight, inputs, output, begin, end);
+    case 2: return exact_planes<2>(weight, inputs, output, begin, end);
+    case 3: return exact_planes<3>(weight, inputs, output, begin, end);
+    default: return exact_planes<4>(weight, inputs, output, begin, end);
   }
 }
 

@@ -57,7 +57,8 @@ void multiply_binary_strip(const BinaryCodes& weight, const ProductInputs& input
       const std::int64_t tokens = (left + pieces - 1) / pieces, first = first_token + done;
       const std::int64_t at = group * group_blocks * inputs.num_tokens + first;
       const BinaryTokens of{inputs.codes + at * kBlockColumns, inputs.scales + at,
-                            inputs.sums + group * inputs.num_tokens + first, inputs.num_tokens};
+                            inputs.sums + group * inputs.num_tokens + first, inputs.num_tokens,
+                            done == 0 ? inputs.bytes_ahead : 0};
       add_binary_some<planes>(tokens, weight, tile * inputs.num_groups + group, codes, of, results + done * kTileRows);
       done += tokens;
     }

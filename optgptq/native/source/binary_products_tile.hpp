@@ -65,7 +65,8 @@ struct BinaryTokens {
   const std::int8_t* codes;
   const float* scales;
   const float* sums;
-  std::int64_t num_tokens;  // from one block to the next
+  std::int64_t num_tokens;   // from one block to the next
+  std::int64_t bytes_ahead;  // as `ProductInputs` has it
 };
 
 template <int planes, int plane, int tokens>
@@ -89,6 +90,7 @@ OPTGPTQ_INLINE void add_binary_group(const BinaryCodes& weight, std::int64_t at,
   FloatVector products[planes][tokens] = {};
   const std::uint8_t* from = codes + part * OPTGPTQ_VECTOR_BYTES;
   for (std::int64_t block = 0; block < num_blocks; ++block) {
+    if (part == 0) ask_ahead<planes>(from, of.bytes_ahead);
     PlaneChunks<planes> chunks;
     for (int index = 0; index < planes; ++index) chunks.chunks[index] = load_once(from + index * kChunk);
     const std::int64_t first = block * of.num_tokens;
@@ -112,6 +114,7 @@ template <int planes, int plane, int tokens>
 OPTGPTQ_INLINE void add_plane(const std::uint8_t* from, const BinaryTokens& of, std::int64_t num_blocks,
                               FloatVector (&products)[tokens]) {
   for (std::int64_t block = 0; block < num_blocks; ++block) {
+    if constexpr (plane == 0) ask_ahead<planes>(from, of.bytes_ahead);
     PlaneChunks<planes> chunks;
     for (int index = 0; index < planes; ++index) chunks.chunks[index] = load_bytes(from + index * kChunk);
     const std::int64_t first = block * of.num_tokens;
@@ -157,7 +160,7 @@ void few_binary_tokens(const BinaryCodes& weight, const ProductInputs& inputs, c
   const std::uint8_t* codes = weight.codes + begin * inputs.num_blocks * block_bytes<planes>();
   for (std::int64_t tile = begin; tile < end; ++tile) {
     FloatVector results[kParts][tokens] = {};
-    BinaryTokens of{inputs.codes, inputs.scales, inputs.sums, tokens};
+    BinaryTokens of{inputs.codes, inputs.scales, inputs.sums, tokens, inputs.bytes_ahead};
     for (std::int64_t group = 0; group < inputs.num_groups; ++group) {
       for (int part = 0; part < kParts; ++part) {
         const std::int64_t at = tile * inputs.num_groups + group;

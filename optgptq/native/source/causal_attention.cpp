@@ -23,7 +23,7 @@ constexpr double kWorkPerThread = 1e8;
 
 struct Packed {
   std::uint32_t* keys;    // [B, K, vectors of keys, D / 2, 16]: pairs of features
-  std::uint32_t* values;  // [B, K, pairs of keys, D]: pairs of keys
+  std::uint32_t* values;  // [B, K, pairs of keys, E]: pairs of keys
   std::int64_t num_keys;  // a multiple of kKeys; those beyond the last are zeros
   bool widened;           // numbers that meet these are float32: queries and weights
 };
@@ -40,11 +40,11 @@ inline std::uint32_t pair_at(const std::uint16_t* numbers) {
 
 void pack(const CausalCall& call, const Packed& packed, std::int64_t index) {
   const std::int64_t sequence = index / call.num_kv_heads, head = index % call.num_kv_heads;
-  const std::int64_t pairs = call.head_dim / 2, size = packed.num_keys * pairs;
+  const std::int64_t pairs = call.head_dim / 2, width = call.value_dim;
   const std::uint16_t* key = place(call.key, sequence, head);
   const std::uint16_t* value = place(call.value, sequence, head);
-  std::uint32_t* keys = packed.keys + index * size;
-  std::uint32_t* values = packed.values + index * size;
+  std::uint32_t* keys = packed.keys + index * packed.num_keys * pairs;
+  std::uint32_t* values = packed.values + index * packed.num_keys / 2 * width;
   for (std::int64_t token = 0; token < packed.num_keys; ++token) {
     std::uint32_t* to = keys + token / 16 * pairs * 16 + token % 16;
     const std::uint16_t* from = key + token * call.key.token_stride;
@@ -54,10 +54,10 @@ void pack(const CausalCall& call, const Packed& packed, std::int64_t index) {
   }
   for (std::int64_t token = 0; token < packed.num_keys; token += 2) {
     const std::uint16_t* first = value + token * call.value.token_stride;
-    for (std::int64_t feature = 0; feature < call.head_dim; ++feature) {
+    for (std::int64_t feature = 0; feature < width; ++feature) {
       const std::uint32_t low = token < call.num_tokens ? first[feature] : 0;
       const std::uint32_t high = token + 1 < call.num_tokens ? first[call.value.token_stride + feature] : 0;
-      values[token / 2 * call.head_dim + feature] = low | high << 16;
+      values[token / 2 * width + feature] = low | high << 16;
     }
   }
 }
@@ -176,14 +176,14 @@ OPTGPTQ_PAIRS_TARGET float weigh(
 // Features `feature .. feature + 16 * F - 1` of the output of `num_rows` queries.
 template <int F, class Number>
 OPTGPTQ_PAIRS_TARGET inline void add_values(
-    const Number* const* weights, const std::uint32_t* values, std::int64_t head_dim, std::int64_t num_keys,
+    const Number* const* weights, const std::uint32_t* values, std::int64_t value_dim, std::int64_t num_keys,
     const float* totals, std::uint16_t* const* output, std::int64_t feature, std::int64_t num_rows) {
   __m512 sum[kRows][F];
   for (int row = 0; row < kRows; ++row) {
     for (int f = 0; f < F; ++f) sum[row][f] = _mm512_setzero_ps();
   }
   for (std::int64_t key = 0; key < num_keys; key += 2) {
-    const std::uint32_t* from = values + key / 2 * head_dim + feature;
+    const std::uint32_t* from = values + key / 2 * value_dim + feature;
     __m512i value[F];
     for (int f = 0; f < F; ++f) value[f] = _mm512_loadu_si512(from + 16 * f);
     add_rows(sum, value, weights, key);
@@ -207,36 +207,37 @@ struct Queries {
 template <class Number>
 void attend(
     const CausalCall& call, const Packed& packed, const Queries& queries, const Number* const* query,
-    Number* const* weights, std::int64_t offset, float* scores) {
-  const std::int64_t dim = call.head_dim, stride = packed.num_keys;
+    Number* const* weights, std::int64_t kv_head, float* scores) {
+  const std::int64_t dim = call.value_dim, pairs = call.head_dim / 2, stride = packed.num_keys;
   const std::int64_t num_keys = (queries.num_seen[kRows - 1] + kKeys - 1) / kKeys * kKeys;
   float totals[kRows];
-  score(query, packed.keys + offset, dim / 2, num_keys, scores, stride);
+  score(query, packed.keys + kv_head * stride * pairs, pairs, num_keys, scores, stride);
   const auto factor = static_cast<float>(call.scale * 1.4426950408889634);
   for (std::int64_t row = 0; row < kRows; ++row) {
     totals[row] = weigh(scores + row * stride, factor, queries.num_seen[row], num_keys, weights[row]);
   }
   std::int64_t feature = 0;
-  const std::uint32_t* values = packed.values + offset;
+  const std::uint32_t* values = packed.values + kv_head * stride / 2 * dim;
   for (; feature + 32 <= dim; feature += 32) {
     add_values<2>(weights, values, dim, num_keys, totals, queries.output, feature, queries.num_rows);
   }
   if (feature < dim) add_values<1>(weights, values, dim, num_keys, totals, queries.output, feature, queries.num_rows);
 }
 
-// Queries `first .. first + kRows - 1` of one head, as far as there are so many.
+// Queries `first .. first + kRows - 1` of those of one head that count, as far as there are so many.
 void attend_from(
     const CausalCall& call, const Packed& packed, std::int64_t sequence, std::int64_t head, std::int64_t first,
     float* scores) {
-  const std::int64_t rest = call.num_tokens - first, dim = call.head_dim, stride = packed.num_keys;
-  const std::int64_t kv_head = head / (call.num_heads / call.num_kv_heads);
-  const std::int64_t offset = (sequence * call.num_kv_heads + kv_head) * stride * (dim / 2);
+  const std::int64_t rest = call.num_queries - first, dim = call.head_dim, stride = packed.num_keys;
+  const std::int64_t kv_head = sequence * call.num_kv_heads + head / (call.num_heads / call.num_kv_heads);
   Queries queries;
   queries.num_rows = rest < kRows ? rest : kRows;
   for (std::int64_t row = 0; row < kRows; ++row) {
-    const std::int64_t token = first + (row < queries.num_rows ? row : queries.num_rows - 1);
+    const std::int64_t index =
+        sequence * call.num_queries + first + (row < queries.num_rows ? row : queries.num_rows - 1);
+    const std::int64_t token = call.positions == nullptr ? index % call.num_tokens : call.positions[index];
     queries.numbers[row] = place(call.query, sequence, head) + token * call.query.token_stride;
-    queries.output[row] = call.output + ((sequence * call.num_tokens + token) * call.num_heads + head) * dim;
+    queries.output[row] = call.output + (index * call.num_heads + head) * call.value_dim;
     queries.num_seen[row] = token + 1;
   }
   float* behind = scores + kRows * stride;
@@ -249,39 +250,40 @@ void attend_from(
       query[row] = numbers;
       weights[row] = scores + row * stride;
     }
-    return attend(call, packed, queries, query, weights, offset, scores);
+    return attend(call, packed, queries, query, weights, kv_head, scores);
   }
   std::uint16_t* weights[kRows];
   for (std::int64_t row = 0; row < kRows; ++row) weights[row] = reinterpret_cast<std::uint16_t*>(behind) + row * stride;
-  attend(call, packed, queries, queries.numbers, weights, offset, scores);
+  attend(call, packed, queries, queries.numbers, weights, kv_head, scores);
 }
 
 }  // namespace
 
 bool causal_attention_bfloat16(const CausalCall& call, PairWay way, std::int64_t num_threads) {
   if (!has_bfloat16_products()) return false;
-  const double tokens = static_cast<double>(call.num_tokens);
+  const double scores = static_cast<double>(call.num_tokens) * static_cast<double>(call.num_queries);
   const double heads = static_cast<double>(call.num_sequences * call.num_heads);
-  const auto worth = static_cast<std::int64_t>(tokens * tokens * heads * static_cast<double>(call.head_dim) /
-                                               kWorkPerThread) + 1;
+  const double features = static_cast<double>(call.head_dim + call.value_dim) / 2;
+  const auto worth = static_cast<std::int64_t>(scores * heads * features / kWorkPerThread) + 1;
   const std::int64_t workers = worth < num_threads ? worth : num_threads;
   const std::int64_t num_keys = (call.num_tokens + kKeys - 1) / kKeys * kKeys;
   const std::int64_t num_packed = call.num_sequences * call.num_kv_heads;
-  const std::int64_t size = num_packed * num_keys * (call.head_dim / 2);
-  const auto memory = aligned_memory(static_cast<std::size_t>(2 * size) * sizeof(std::uint32_t));
+  const std::int64_t pairs = num_packed * num_keys * (call.head_dim / 2);
+  const std::int64_t size = pairs + num_packed * num_keys / 2 * call.value_dim;
+  const auto memory = aligned_memory(static_cast<std::size_t>(size) * sizeof(std::uint32_t));
   auto* numbers = static_cast<std::uint32_t*>(memory.get());
-  const Packed packed{numbers, numbers + size, num_keys, widens(way)};
+  const Packed packed{numbers, numbers + pairs, num_keys, widens(way)};
   share_out(num_packed, workers, [&](std::int64_t, std::int64_t index) { pack(call, packed, index); });
   // Scores and, behind them, weights of half their size or widened queries.
   const std::int64_t own = kRows * (num_keys + (packed.widened ? call.head_dim : num_keys / 2));
   const auto scratch = aligned_memory(static_cast<std::size_t>(workers * own) * sizeof(float));
-  const std::int64_t parts = (call.num_tokens + kRowsPerItem - 1) / kRowsPerItem;
+  const std::int64_t parts = (call.num_queries + kRowsPerItem - 1) / kRowsPerItem;
   const std::int64_t num_heads = call.num_sequences * call.num_heads;
   share_out(num_heads * parts, workers, [&](std::int64_t worker, std::int64_t index) {
     float* scores = static_cast<float*>(scratch.get()) + worker * own;
     // The last parts take longest and come first.
     const std::int64_t head = index % num_heads, begin = (parts - 1 - index / num_heads) * kRowsPerItem;
-    const std::int64_t rest = call.num_tokens - begin, end = begin + (rest < kRowsPerItem ? rest : kRowsPerItem);
+    const std::int64_t rest = call.num_queries - begin, end = begin + (rest < kRowsPerItem ? rest : kRowsPerItem);
     for (std::int64_t first = begin; first < end; first += kRows) {
       attend_from(call, packed, head / call.num_heads, head % call.num_heads, first, scores);
     }

@@ -15,12 +15,14 @@ struct HeadNumbers {
 
 struct CausalCall {
   HeadNumbers query, key, value;
-  std::uint16_t* output;  // [B, S, heads, D], without gaps
-  std::int64_t num_sequences, num_heads, num_kv_heads, num_tokens, head_dim;
-  double scale;  // above zero
+  const std::int64_t* positions;  // [B, Q], in order: tokens whose queries count; null: all of them
+  std::uint16_t* output;          // [B, Q, heads, E], without gaps
+  std::int64_t num_sequences, num_heads, num_kv_heads, num_tokens, num_queries;
+  std::int64_t head_dim, value_dim;  // D of queries and keys, E of values
+  double scale;                      // above zero
 };
 
-// `head_dim` is a multiple of 16. The same bits for any number of threads and of sequences. Returns false where the
+// `head_dim` and `value_dim` are multiples of 16. The same bits for any number of threads and of sequences. Returns false where the
 // processor lacks the instruction.
 bool causal_attention_bfloat16(const CausalCall& call, PairWay way, std::int64_t num_threads);
 

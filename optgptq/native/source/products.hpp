@@ -23,6 +23,14 @@ struct ProductInputs {
   float* scales;       // [blocks, tokens]
   float* sums;         // [groups, tokens]: of all numbers of the group, as the codes stand for them
   std::int64_t num_tokens, num_blocks, num_groups;
+  std::int64_t bytes_ahead;  // how far in front of its use the weight is asked for; 0: not at all
+};
+
+// Activations as they are.
+struct ExactInputs {
+  const float* rows;  // [tokens, blocks, 32]
+  std::int64_t num_tokens;
+  std::int64_t bytes_ahead;  // as `ProductInputs` has it
 };
 
 // Where activations come from: rows of `num_columns` numbers.
@@ -55,8 +63,8 @@ struct ProductPath {
   // Row tiles from `begin` to before `end` with all tokens; for more than kFewTokens `results` is kResultsSpace numbers.
   void (*multiply)(const AffineCodes& weight, const ProductInputs& inputs, const ProductOutput& output,
                    std::int64_t begin, std::int64_t end, float* results);
-  // The same with activations in float: `rows` are [tokens, blocks, 32].
-  void (*exact)(const AffineCodes& weight, const float* rows, std::int64_t num_tokens, const ProductOutput& output,
+  // The same with activations as they are.
+  void (*exact)(const AffineCodes& weight, const ExactInputs& inputs, const ProductOutput& output,
                 std::int64_t begin, std::int64_t end);
 };
 

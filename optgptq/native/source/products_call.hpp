@@ -1,6 +1,7 @@
 // What all products with weights in codes do around the loops of an instruction set: work space and threads.
 #pragma once
 
+#include "processor.hpp"
 #include "products.hpp"
 #include "threads.hpp"
 
@@ -62,8 +63,9 @@ void multiply_exact(const Call& call, const ProductPath& path, const Exact& exac
   share_tokens(call, num_threads, [&](std::int64_t token) {
     path.widen(call.rows, token, rows + token * columns, call.weight.num_blocks);
   });
+  const ExactInputs inputs{rows, call.num_tokens, bytes_ahead()};
   share_tiles(call, num_threads, [&](std::int64_t, std::int64_t begin, std::int64_t end) {
-    exact(call.weight, rows, call.num_tokens, call.output, begin, end);
+    exact(call.weight, inputs, call.output, begin, end);
   });
 }
 
@@ -80,7 +82,7 @@ void multiply_quantized(const Call& call, const ProductPath& path, const Multipl
   float* scales = reinterpret_cast<float*>(codes + tokens * columns);
   float* sums = scales + tokens * blocks;
   float* rows = static_cast<float*>(row_memory.get());
-  const ProductInputs inputs{codes, scales, sums, tokens, blocks, groups};
+  const ProductInputs inputs{codes, scales, sums, tokens, blocks, groups, bytes_ahead()};
   share_tokens(call, num_threads, [&](std::int64_t token) {
     path.quantize(call.rows, token, rows + (widened == 1 ? 0 : token * columns), inputs);
   });

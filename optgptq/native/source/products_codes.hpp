@@ -80,6 +80,13 @@ constexpr std::int64_t block_bytes() {
   return bits * kChunk;
 }
 
+// Ask for the chunks of the block so far behind one, but for 0 bytes.
+template <int chunks>
+OPTGPTQ_INLINE void ask_ahead(const std::uint8_t* block, std::int64_t bytes) {
+  if (bytes == 0) return;
+  for (int chunk = 0; chunk < chunks; ++chunk) __builtin_prefetch(block + bytes + chunk * kChunk, 0, 2);
+}
+
 // Sums of the products of a block, one for each row. Without an instruction for products of bytes they have 16 bits:
 // 8 pairs of codes below 16 with activations fit, and so do 4 pairs of codes below 29. Codes of 8 bits are two halves then.
 #if defined(OPTGPTQ_VNNI) || OPTGPTQ_VECTOR_BYTES == 16

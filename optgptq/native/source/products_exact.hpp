@@ -8,72 +8,105 @@ namespace optgptq {
 namespace OPTGPTQ_PATH {
 namespace {
 
-template <int bits, int tokens, int index>
-OPTGPTQ_INLINE void add_exact_quads(const std::uint8_t* block, const float* const* rows,
-                                    const FloatVector (&zero)[kParts], FloatVector (&sums)[tokens][kParts]) {
+// So many tiles at once: the sums of a row wait for each other, those of other rows do not.
+constexpr int tiles_at_once(int tokens) { return tokens == 1 && kParts == 1 ? 2 : 1; }
+
+template <int tokens, int tiles>
+struct ExactSums {
+  FloatVector of[tiles][tokens][kParts];
+};
+
+template <int bits, int tokens, int tiles, int index>
+OPTGPTQ_INLINE void add_exact_quads(const std::uint8_t* block, std::int64_t tile_bytes, const float* const* rows,
+                                    const FloatVector (&zero)[tiles][kParts], ExactSums<tokens, tiles>& sums) {
   for (int part = 0; part < kParts; ++part) {
-    const IntVector words = (IntVector)quad_codes<bits, index>(block, part);
+    IntVector words[tiles];
+    for (int tile = 0; tile < tiles; ++tile) {
+      words[tile] = (IntVector)quad_codes<bits, index>(block + tile * tile_bytes, part);
+    }
 #pragma GCC unroll 4
     for (int column = 0; column < 4; ++column) {
-      const FloatVector steps = floats((words >> (8 * column)) & 255) - zero[part];
-      for (int token = 0; token < tokens; ++token) {
-        sums[token][part] = fused(steps, every(rows[token][4 * index + column]), sums[token][part]);
+      for (int tile = 0; tile < tiles; ++tile) {
+        const FloatVector steps = floats((words[tile] >> (8 * column)) & 255) - zero[tile][part];
+        for (int token = 0; token < tokens; ++token) {
+          FloatVector& sum = sums.of[tile][token][part];
+          sum = fused(steps, every(rows[token][4 * index + column]), sum);
+        }
       }
     }
   }
-  if constexpr (index + 1 < kQuads) add_exact_quads<bits, tokens, index + 1>(block, rows, zero, sums);
+  if constexpr (index + 1 < kQuads) add_exact_quads<bits, tokens, tiles, index + 1>(block, tile_bytes, rows, zero, sums);
+}
+
+// Some tokens and tiles, from the first ones on.
+template <int bits, int tokens, int tiles>
+void exact_tiles(const AffineCodes& weight, const ExactInputs& inputs, const ProductOutput& output,
+                 std::int64_t first_token, std::int64_t first_tile) {
+  const std::int64_t group_blocks = weight.num_blocks / weight.num_groups;
+  const std::int64_t tile_bytes = weight.num_blocks * block_bytes<bits>();
+  const std::uint8_t* codes = weight.codes + first_tile * tile_bytes;
+  const std::int64_t ahead = first_token == 0 ? inputs.bytes_ahead : 0;
+  ExactSums<tokens, tiles> results = {};
+  for (std::int64_t group = 0; group < weight.num_groups; ++group) {
+    const std::int64_t at = first_tile * weight.num_groups + group;
+    FloatVector zero[tiles][kParts];
+    for (int tile = 0; tile < tiles; ++tile) {
+      for (int part = 0; part < kParts; ++part) zero[tile][part] = zero_points(weight, at + tile * weight.num_groups, part);
+    }
+    ExactSums<tokens, tiles> sums = {};
+    for (std::int64_t block = group * group_blocks; block < (group + 1) * group_blocks; ++block) {
+      const float* of_block[tokens];
+      for (int token = 0; token < tokens; ++token) {
+        of_block[token] = inputs.rows + ((first_token + token) * weight.num_blocks + block) * kBlockColumns;
+      }
+      for (int tile = 0; tile < tiles; ++tile) ask_ahead<bits>(codes + tile * tile_bytes, ahead);
+      add_exact_quads<bits, tokens, tiles, 0>(codes, tile_bytes, of_block, zero, sums);
+      codes += block_bytes<bits>();
+    }
+    for (int tile = 0; tile < tiles; ++tile) {
+      for (int part = 0; part < kParts; ++part) {
+        const FloatVector scale = coefficients(weight.scales, weight.scale_type, at + tile * weight.num_groups, part);
+        for (int token = 0; token < tokens; ++token) {
+          FloatVector& result = results.of[tile][token][part];
+          result = fused(sums.of[tile][token][part], scale, result);
+        }
+      }
+    }
+  }
+  for (int tile = 0; tile < tiles; ++tile) {
+    for (int token = 0; token < tokens; ++token) {
+      for (int part = 0; part < kParts; ++part) {
+        const std::int64_t row = (first_tile + tile) * kTileRows + part * kLanes;
+        put_results(results.of[tile][token][part], output, first_token + token, row, weight.num_rows);
+      }
+    }
+  }
 }
 
 template <int bits, int tokens>
-void exact_tiles(const AffineCodes& weight, const float* rows, const ProductOutput& output, std::int64_t first_token,
-                 std::int64_t begin, std::int64_t end) {
-  const std::int64_t group_blocks = weight.num_blocks / weight.num_groups;
-  for (std::int64_t tile = begin; tile < end; ++tile) {
-    FloatVector results[tokens][kParts] = {};
-    const std::uint8_t* block_codes = weight.codes + tile * weight.num_blocks * block_bytes<bits>();
-    for (std::int64_t group = 0; group < weight.num_groups; ++group) {
-      const std::int64_t at = tile * weight.num_groups + group;
-      FloatVector zero[kParts], sums[tokens][kParts] = {};
-      for (int part = 0; part < kParts; ++part) zero[part] = zero_points(weight, at, part);
-      for (std::int64_t block = group * group_blocks; block < (group + 1) * group_blocks; ++block) {
-        const float* of_block[tokens];
-        for (int token = 0; token < tokens; ++token) {
-          of_block[token] = rows + ((first_token + token) * weight.num_blocks + block) * kBlockColumns;
-        }
-        add_exact_quads<bits, tokens, 0>(block_codes, of_block, zero, sums);
-        block_codes += block_bytes<bits>();
-      }
-      for (int part = 0; part < kParts; ++part) {
-        const FloatVector scale = coefficients(weight.scales, weight.scale_type, at, part);
-        for (int token = 0; token < tokens; ++token) {
-          results[token][part] = fused(sums[token][part], scale, results[token][part]);
-        }
-      }
-    }
-    for (int token = 0; token < tokens; ++token) {
-      for (int part = 0; part < kParts; ++part) {
-        const std::int64_t row = tile * kTileRows + part * kLanes;
-        put_results(results[token][part], output, first_token + token, row, weight.num_rows);
-      }
-    }
-  }
+void exact_rows(const AffineCodes& weight, const ExactInputs& inputs, const ProductOutput& output,
+                std::int64_t first_token, std::int64_t begin, std::int64_t end) {
+  constexpr int tiles = tiles_at_once(tokens);
+  std::int64_t tile = begin;
+  for (; tile + tiles <= end; tile += tiles) exact_tiles<bits, tokens, tiles>(weight, inputs, output, first_token, tile);
+  for (; tile < end; ++tile) exact_tiles<bits, tokens, 1>(weight, inputs, output, first_token, tile);
 }
 
 template <int bits>
-void exact_tokens(const AffineCodes& weight, const float* rows, std::int64_t num_tokens, const ProductOutput& output,
+void exact_tokens(const AffineCodes& weight, const ExactInputs& inputs, const ProductOutput& output,
                   std::int64_t begin, std::int64_t end) {
   std::int64_t token = 0;
-  for (; token + 4 <= num_tokens; token += 4) exact_tiles<bits, 4>(weight, rows, output, token, begin, end);
-  for (; token < num_tokens; ++token) exact_tiles<bits, 1>(weight, rows, output, token, begin, end);
+  for (; token + 4 <= inputs.num_tokens; token += 4) exact_rows<bits, 4>(weight, inputs, output, token, begin, end);
+  for (; token < inputs.num_tokens; ++token) exact_rows<bits, 1>(weight, inputs, output, token, begin, end);
 }
 
-void exact(const AffineCodes& weight, const float* rows, std::int64_t num_tokens, const ProductOutput& output,
-           std::int64_t begin, std::int64_t end) {
+void exact(const AffineCodes& weight, const ExactInputs& inputs, const ProductOutput& output, std::int64_t begin,
+           std::int64_t end) {
   switch (weight.bits) {
-    case 2: return exact_tokens<2>(weight, rows, num_tokens, output, begin, end);
-    case 3: return exact_tokens<3>(weight, rows, num_tokens, output, begin, end);
-    case 4: return exact_tokens<4>(weight, rows, num_tokens, output, begin, end);
-    default: return exact_tokens<8>(weight, rows, num_tokens, output, begin, end);
+    case 2: return exact_tokens<2>(weight, inputs, output, begin, end);
+    case 3: return exact_tokens<3>(weight, inputs, output, begin, end);
+    case 4: return exact_tokens<4>(weight, inputs, output, begin, end);
+    default: return exact_tokens<8>(weight, inputs, output, begin, end);
   }
 }
 

@@ -71,14 +71,16 @@ void spread_blocks(const std::uint8_t* codes, std::int64_t num_blocks, std::uint
 // One group of one tile with all tokens of a strip, in pieces of equal size.
 template <int bits>
 void add_pieces(const AffineCodes& weight, const ProductInputs& inputs, std::int64_t tile, std::int64_t group,
-                const std::uint8_t* codes, std::int64_t first_token, std::int64_t num_tokens, float* results) {
+                const std::uint8_t* codes, std::int64_t first_token, std::int64_t num_tokens, std::int64_t ahead,
+                float* results) {
   const std::int64_t group_blocks = inputs.num_blocks / inputs.num_groups;
   for (std::int64_t done = 0; done < num_tokens;) {
     const std::int64_t left = num_tokens - done, pieces = (left + kTokensAtOnce - 1) / kTokensAtOnce;
     const std::int64_t tokens = (left + pieces - 1) / pieces, first = first_token + done;
     const std::int64_t at = group * group_blocks * inputs.num_tokens + first;
     const TokenCodes of{inputs.codes + at * kBlockColumns, inputs.scales + at,
-                        inputs.sums + group * inputs.num_tokens + first, inputs.num_tokens};
+                        inputs.sums + group * inputs.num_tokens + first, inputs.num_tokens,
+                        done == 0 ? ahead : 0};
     add_some<bits>(tokens, weight, tile * inputs.num_groups + group, codes, of, group_blocks, results);
     results += tokens * kTileRows;
     done += tokens;
@@ -97,9 +99,9 @@ void multiply_strip(const AffineCodes& weight, const ProductInputs& inputs, std:
   for (std::int64_t group = 0; group < inputs.num_groups; ++group) {
     if (spreads) {
       spread_blocks<bits>(codes, group_blocks, bytes);
-      add_pieces<kSpread>(weight, inputs, tile, group, bytes, first_token, num_tokens, results);
+      add_pieces<kSpread>(weight, inputs, tile, group, bytes, first_token, num_tokens, 0, results);
     } else {
-      add_pieces<bits>(weight, inputs, tile, group, codes, first_token, num_tokens, results);
+      add_pieces<bits>(weight, inputs, tile, group, codes, first_token, num_tokens, inputs.bytes_ahead, results);
     }
     codes += group_blocks * block_bytes<bits>();
   }

@@ -81,7 +81,8 @@ struct TokenCodes {
   const std::int8_t* codes;
   const float* scales;
   const float* sums;
-  std::int64_t num_tokens;  // from one block to the next
+  std::int64_t num_tokens;   // from one block to the next
+  std::int64_t bytes_ahead;  // as `ProductInputs` has it
 };
 
 // Add the products of a group's blocks.
@@ -91,6 +92,7 @@ OPTGPTQ_INLINE void add_blocks(const std::uint8_t* block_codes, const TokenCodes
   for (int part = 0; part < kParts; ++part) {
     const std::uint8_t* from = block_codes + part * OPTGPTQ_VECTOR_BYTES;
     for (std::int64_t block = 0; block < num_blocks; ++block) {
+      if (part == 0) ask_ahead<num_chunks<bits>()>(from, of.bytes_ahead);
       BlockSums<bits> sums[tokens][num_sums<bits>()] = {};
       add_quads<bits, tokens, 0>(chunks_of<bits>(from), of.codes + block * of.num_tokens * kBlockColumns, sums);
       for (int token = 0; token < tokens; ++token) {
@@ -126,7 +128,7 @@ void few_tokens(const AffineCodes& weight, const ProductInputs& inputs, const Pr
   const std::uint8_t* codes = weight.codes + begin * inputs.num_blocks * block_bytes<bits>();
   for (std::int64_t tile = begin; tile < end; ++tile) {
     FloatVector results[tokens][kParts] = {};
-    TokenCodes of{inputs.codes, inputs.scales, inputs.sums, tokens};
+    TokenCodes of{inputs.codes, inputs.scales, inputs.sums, tokens, inputs.bytes_ahead};
     for (std::int64_t group = 0; group < inputs.num_groups; ++group) {
       FloatVector products[tokens][kParts] = {};
       add_blocks<bits, tokens>(codes, of, group_blocks, products);
