@@ -38,9 +38,14 @@ def read_source(path: Path) -> Source:
     )
 
 
+# What benchmarks leave behind: other people's code, and copies of older versions.
+_LEFT_BEHIND = (ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "peers-env")
+
+
 def sources(*folders: str) -> list[Source]:
     """Return every Python file of these top-level folders, sorted by path."""
-    return [read_source(path) for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [read_source(path) for path in paths if not any(path.is_relative_to(left) for left in _LEFT_BEHIND)]
 
 
 def load_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
