@@ -259,8 +259,11 @@ def test_stages_that_are_not_wholly_attention_aware_are_solved_as_ever(
     assert verify_folder(CheckpointFolder.open(result.output)).problems == ()
 
 
-def test_attention_without_any_of_its_parts_is_plain_gptq(models: dict[str, Path], tmp_path: Path) -> None:
-    attention = {"values": False, "value_rows": False}
+@pytest.mark.parametrize("value_rows", [False, True])
+def test_attention_without_any_of_its_parts_is_plain_gptq(
+    value_rows: bool, models: dict[str, Path], tmp_path: Path
+) -> None:
+    attention = {"values": False, "value_rows": value_rows}
     weights = {"target_shift": "off", "scale_refit": False, "code_sweeps": 0, "solver_dtype": "float64"}
     decoded = []
     for method in ("attention_aware", "gptq"):

@@ -45,7 +45,7 @@ PARTS = (
     Part(name="code_sweeps", on={"weights.code_sweeps": 2}, off={"weights.code_sweeps": 0}),
     Part(
         name="attention",
-        on={**_ATTENTION, "attention.rows": "softmax", "attention.values": True},
+        on={**_ATTENTION, "attention.rows": "softmax", "attention.values": True, "attention.value_rows": True},
         off={"weights.method": "gptq"},
     ),
     Part(

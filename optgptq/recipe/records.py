@@ -42,7 +42,7 @@ class AttentionRecipe(Section):
     )
     values: StrictBool = Field(default=True, description="value heads have input moments behind the attention map")
     value_rows: StrictBool = Field(
-        default=False, description="errors of value rows meet as the output projection makes them"
+        default=True, description="with `values`: errors of value rows meet as the output projection makes them"
     )
     value_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
         default=0.25, description="share of the positions that count in the moments of values"

@@ -68,7 +68,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "row_order": "activation",
         "row_block": 1,
         "values": True,
-        "value_rows": False,
+        "value_rows": True,
         "value_share": 0.25,
     }
     assert recipe.transform.model_dump() == {

@@ -72,7 +72,7 @@ def test_every_part_can_be_switched_by_an_override() -> None:
         "weights.code_sweeps": "0",
         "attention.rows": "pooled",
         "attention.values": "false",
-        "attention.value_rows": "true",
+        "attention.value_rows": "false",
         "transform.fold_norms": "true",
         "transform.residual_rotation": "hadamard",
         "transform.value_rotation": "random",
