@@ -9,8 +9,7 @@ import dataclasses
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 from measure.process import Measurement, run_measured
 from measure.random_llama import WIDTH_4096, random_llama
@@ -27,16 +26,16 @@ class _Job:
 
     name: str
     recipe: str
-    settings: Mapping[str, str] = MappingProxyType({})
-    seconds_aim: float = 1.0
+    seconds_aim: float
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 JOBS = (
-    _Job(name="gptq-w4", recipe="gptq-w4"),
+    _Job(name="gptq-w4", recipe="gptq-w4", seconds_aim=1.0),
     _Job(
         name="attention-aware-w4, values off",
         recipe="attention-aware-w4",
-        settings=MappingProxyType({"attention.values": "false", "attention.value_rows": "false"}),
+        settings={"attention.values": "false", "attention.value_rows": "false"},
         seconds_aim=3.0,
     ),
     _Job(name="attention-aware-w4", recipe="attention-aware-w4", seconds_aim=5.0),
